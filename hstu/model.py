@@ -1,0 +1,277 @@
+"""HSTU in eager PyTorch: the definition that every other runtime is held against.
+
+Source of the mathematics: Zhai et al., "Actions Speak Louder than Words" (2024), and Meta's public
+research code (generative-recommenders, `research/modeling/sequential/hstu.py`), which this reproduces
+bit for bit in fp32 when the config asks for the research variant. Shape letters: `hstu.signature`.
+
+    x_i   = √D · item_i + position_i (+ action_i + gap_i), zero after the end of the history
+    u,v,q,k = SiLU(LN(x) · W_uvqk)
+    a_ij  = SiLU(q_i · k_j + position_bias[j - i] + time_bias[bucket(t_{i+1} - t_j)]) / N     for j <= i
+    x     ← x + W_o (u ⊙ LN(a · v))
+    user  = x at the last event, L2-normalised
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from hstu.config import L2_EPS, LAYER_NORM_EPS, NUM_TIME_BUCKETS, HSTUConfig
+from hstu.errors import InputError
+from hstu.signature import num_results
+from hstu.time_buckets import time_buckets
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class History:
+    """A padded batch: item_ids, actions, timestamps int64 [B, L]; lengths, query_time int64 [B]."""
+
+    item_ids: Tensor
+    timestamps: Tensor
+    lengths: Tensor
+    query_time: Tensor
+    actions: Tensor | None = None
+
+    @property
+    def next_timestamps(self) -> Tensor:
+        """t_{i+1} [B, L]: the next event's time; after the last event stands the query time."""
+        following = F.pad(self.timestamps[:, 1:], (0, 1))
+        position = torch.arange(self.timestamps.shape[1], device=self.lengths.device)
+        is_last = position == (self.lengths - 1).unsqueeze(1)
+        return torch.where(is_last, self.query_time.unsqueeze(1), following)
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm over the last dimension without affine parameters, eps 1e-6."""
+    return F.layer_norm(x, (x.shape[-1],), eps=LAYER_NORM_EPS)
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """x / max(‖x‖, 1e-6) over the last dimension."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=L2_EPS)
+
+
+class HSTUAttention(nn.Module):
+    """Pointwise attention of one layer, from the fused projection to the gated output.
+
+    This module is the unit that surgery turns into one function and that kernels replace, for the
+    history (`forward`) and for candidates (`candidates`).
+    """
+
+    def __init__(self, config: HSTUConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.position_bias = nn.Parameter(torch.zeros(2 * config.max_length - 1))
+        self.time_bias = nn.Parameter(torch.zeros(NUM_TIME_BUCKETS + 1))
+
+    def split(self, uvqk: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """SiLU of the projection [B, L, W], split into u [B, L, H·dv], v [B, L, H, dv], q and k [B, L, H, dqk]."""
+        c = self.config
+        hv, hqk = c.num_heads * c.v_dim, c.num_heads * c.qk_dim
+        u, v, q, k = F.silu(uvqk).split([hv, hv, hqk, hqk], dim=-1)
+        heads = (c.num_heads, -1)
+        return u, v.unflatten(-1, heads), q.unflatten(-1, heads), k.unflatten(-1, heads)
+
+    def relative_bias(self, distance: Tensor, buckets: Tensor) -> Tensor:
+        """Position bias at distance j - i, plus time bias: int64 tensors of one shape in, float32 out."""
+        return self.position_bias[distance + self.config.max_length - 1] + self.time_bias[buckets]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+        """Σ_j SiLU(q·k + bias) / N over allowed j: q [B, Q, H, dqk], k, v [B, L, H, ·], bias, mask [B, Q, L]."""
+        scores = torch.einsum("bqhd,blhd->bhql", q, k) + bias.unsqueeze(1)
+        weights = F.silu(scores) / self.config.max_length * mask.unsqueeze(1)
+        return torch.einsum("bhql,blhd->bqhd", weights, v)
+
+    def forward(self, uvqk: Tensor, buckets: Tensor, lengths: Tensor) -> Tensor:
+        """Gated output u ⊙ LN(a·v) [B, L, H·dv] from the projection [B, L, W], before SiLU.
+
+        buckets: int64 [B, L, L], row i column j is the bucket of t_{i+1} - t_j; lengths: int64 [B].
+        """
+        u, v, q, k = self.split(uvqk)
+        position = torch.arange(uvqk.shape[1], device=uvqk.device)
+        distance = position.unsqueeze(0) - position.unsqueeze(1)  # [i, j] = j - i
+        mask = (distance <= 0) & (position < lengths.view(-1, 1, 1))
+        attended = self.attend(q, k, v, self.relative_bias(distance, buckets), mask.to(uvqk.dtype))
+        return u * layer_norm(attended.flatten(-2))
+
+    def candidates(
+        self, uvqk: Tensor, candidate_uvqk: Tensor, buckets: Tensor, self_buckets: Tensor, position: Tensor
+    ) -> Tensor:
+        """Gated output [B, C, H·dv] of candidates that see the history before `position` and themselves.
+
+        uvqk [B, L, W] and candidate_uvqk [B, C, W] before SiLU; position int64 [B, C] (or [B, 1]): where each
+        candidate stands, which is how many events it sees; buckets int64 [B, C or 1, L] of query time - t_j;
+        self_buckets int64 [B, C or 1] of query time - candidate time.
+        """
+        _, v, _, k = self.split(uvqk)
+        cand_u, cand_v, cand_q, cand_k = self.split(candidate_uvqk)
+        history = torch.arange(uvqk.shape[1], device=uvqk.device)
+        distance = history - position.unsqueeze(-1)  # [B, C or 1, L] = j - i
+        mask = (distance < 0).to(uvqk.dtype)
+        attended = self.attend(cand_q, k, v, self.relative_bias(distance.clamp(max=0), buckets), mask)
+        own_bias = self.relative_bias(torch.zeros_like(position), self_buckets).unsqueeze(-1)
+        own = F.silu((cand_q * cand_k).sum(-1) + own_bias) / self.config.max_length
+        attended = attended + own.unsqueeze(-1) * cand_v
+        return cand_u * layer_norm(attended.flatten(-2))
+
+
+class HSTULayer(nn.Module):
+    """One layer: x + W_o(attention(LN(x) · W_uvqk))."""
+
+    def __init__(self, config: HSTUConfig) -> None:
+        super().__init__()
+        self.uvqk = nn.Linear(config.embedding_dim, config.uvqk_dim, bias=False)
+        self.attention = HSTUAttention(config)
+        self.output = nn.Linear(config.num_heads * config.v_dim, config.embedding_dim)
+
+    def project(self, x: Tensor) -> Tensor:
+        """LN(x) · W_uvqk [.., W], before SiLU."""
+        return self.uvqk(layer_norm(x))  # type: ignore[no-any-return]
+
+
+class TaskHeads(nn.Module):
+    """One probability per task from a candidate's state: sigmoid(W_2 SiLU(W_1 x + b_1) + b_2)."""
+
+    def __init__(self, config: HSTUConfig) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(config.embedding_dim, config.head_dim)
+        self.logits = nn.Linear(config.head_dim, len(config.tasks))
+
+    def forward(self, state: Tensor) -> Tensor:
+        """Logits [.., T] of states [.., D]."""
+        return self.logits(F.silu(self.hidden(layer_norm(state))))  # type: ignore[no-any-return]
+
+
+class HSTU(nn.Module):
+    """The whole model; `retrieve` and `rank` are the entry points that get compiled."""
+
+    def __init__(self, config: HSTUConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.item_embedding = nn.Embedding(config.num_items + 1, config.embedding_dim, padding_idx=0)
+        self.position_embedding = nn.Embedding(config.max_length, config.embedding_dim)
+        if config.num_actions:
+            self.action_embedding = nn.Embedding(config.num_actions, config.embedding_dim)
+        if config.num_gap_buckets:
+            self.gap_embedding = nn.Embedding(config.num_gap_buckets, config.embedding_dim)
+        self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_layers))
+        if config.tasks:
+            self.task_heads = TaskHeads(config)
+
+    def embed(self, item_ids: Tensor, position: Tensor, actions: Tensor | None, gaps: Tensor) -> Tensor:
+        """Input rows [.., D] of items at positions, with their action and the time since the event before."""
+        x = self.item_embedding(item_ids) * self.config.item_scale + self.position_embedding(position)
+        if self.config.num_actions:
+            if actions is None:
+                raise InputError("this model was trained with actions", expected="actions int64, 0 = none")
+            x = x + self.action_embedding(actions)
+        if self.config.num_gap_buckets:
+            x = x + self.gap_embedding(time_buckets(gaps).clamp(max=self.config.num_gap_buckets - 1))
+        return x  # type: ignore[no-any-return]
+
+    def embed_history(self, history: History) -> Tensor:
+        """x [B, L, D] before the first layer, zero after the end of each history."""
+        position = torch.arange(history.item_ids.shape[1], device=history.item_ids.device)
+        before = F.pad(history.timestamps[:, :-1], (1, 0))
+        gaps = torch.where(position > 0, history.timestamps - before, torch.zeros_like(before))
+        x = self.embed(history.item_ids, position, history.actions, gaps)
+        return x * (position < history.lengths.unsqueeze(1)).unsqueeze(-1).to(x.dtype)
+
+    def encode(self, history: History) -> Tensor:
+        """The state [B, L, D] after the last layer at every event; rows after the end mean nothing."""
+        buckets = time_buckets(history.next_timestamps.unsqueeze(2) - history.timestamps.unsqueeze(1))
+        x = self.embed_history(history)
+        for layer in self.layers:
+            x = x + layer.output(layer.attention(layer.project(x), buckets, history.lengths))
+        return x
+
+    def encode_jagged(
+        self, item_ids: Tensor, timestamps: Tensor, offsets: Tensor, query_time: Tensor, actions: Tensor | None = None
+    ) -> Tensor:
+        """The states [T, D] of T events in all, oldest first, user b at [offsets[b], offsets[b+1]); as `encode`.
+
+        Everything but the attention itself runs on the T real rows.
+        """
+        lengths = offsets.diff()
+        longest = max(1, int(lengths.max())) if len(lengths) else 1
+        inside = torch.arange(longest, device=offsets.device) < lengths.unsqueeze(1)
+
+        def pad(rows: Tensor) -> Tensor:
+            return rows.new_zeros((len(lengths), longest, *rows.shape[1:])).masked_scatter(
+                inside.view(*inside.shape, *[1] * (rows.dim() - 1)), rows
+            )
+
+        history = History(
+            item_ids=pad(item_ids),
+            timestamps=pad(timestamps),
+            lengths=lengths,
+            query_time=query_time,
+            actions=None if actions is None else pad(actions),
+        )
+        buckets = time_buckets(history.next_timestamps.unsqueeze(2) - history.timestamps.unsqueeze(1))
+        x = self.embed_history(history)[inside]
+        for layer in self.layers:
+            x = x + layer.output(layer.attention(pad(layer.project(x)), buckets, lengths)[inside])
+        return x
+
+    def user_embedding(self, states: Tensor, lengths: Tensor) -> Tensor:
+        """The L2-normalised state at the last event: [B, L, D], [B] → [B, D]."""
+        last = (lengths - 1).clamp(min=0).view(-1, 1, 1).expand(-1, 1, states.shape[-1])
+        return l2_normalize(states.gather(1, last).squeeze(1))
+
+    def item_scores(self, user_embedding: Tensor) -> Tensor:
+        """Cosine with every real item: [B, D] → [B, num_items], column 0 is item 1."""
+        return user_embedding @ l2_normalize(self.item_embedding.weight[1:]).T
+
+    def retrieve(self, history: History) -> tuple[Tensor, Tensor, Tensor]:
+        """user_embedding [B, D], top_item_ids int64 [B, K], top_scores [B, K] over the whole corpus, best first."""
+        embedding = self.user_embedding(self.encode(history), history.lengths)
+        scores, columns = self.item_scores(embedding).topk(num_results(self.config))
+        return embedding, columns + 1, scores
+
+    def rank_logits(
+        self, history: History, candidate_ids: Tensor, *, position: Tensor | None = None, time: Tensor | None = None
+    ) -> Tensor:
+        """Task logits [B, C, T] of candidates int64 [B, C] that see the history and themselves, not one another.
+
+        By default every candidate stands after the last event, at the query time. In training `position` and
+        `time` (int64 [B, C]) put candidate c where event `position` stood: it sees the events before that.
+        """
+        if position is None:
+            position = history.lengths.unsqueeze(1)
+        if time is None:
+            time = history.query_time.unsqueeze(1)
+        before = history.timestamps.gather(1, (position - 1).clamp(min=0).expand(time.shape))
+        gaps = torch.where(position > 0, time - before, torch.zeros_like(time)).expand(candidate_ids.shape)
+        buckets = time_buckets(time.unsqueeze(2) - history.timestamps.unsqueeze(1))  # [B, C or 1, L]
+        own_buckets = torch.zeros_like(time)  # a candidate's own time is the query time
+        history_buckets = time_buckets(history.next_timestamps.unsqueeze(2) - history.timestamps.unsqueeze(1))
+        x = self.embed_history(history)
+        y = self.embed(candidate_ids, position.expand(candidate_ids.shape), torch.zeros_like(candidate_ids), gaps)
+        for index, layer in enumerate(self.layers):
+            uvqk = layer.project(x)
+            y = y + layer.output(
+                layer.attention.candidates(uvqk, layer.project(y), buckets, own_buckets, position)
+            )
+            if index + 1 < len(self.layers):
+                x = x + layer.output(layer.attention(uvqk, history_buckets, history.lengths))
+        return self.task_heads(y)  # type: ignore[no-any-return]
+
+    def rank(self, history: History, candidate_ids: Tensor) -> Tensor:
+        """Probability of every task for every candidate: [B, C] → [B, C, T]."""
+        return torch.sigmoid(self.rank_logits(history, candidate_ids))
+
+
+def history_from_feeds(feeds: Mapping[str, Tensor]) -> History:
+    """A padded batch from tensors named as in `hstu.signature`."""
+    return History(
+        item_ids=feeds["item_ids"],
+        timestamps=feeds["timestamps"],
+        lengths=feeds["lengths"],
+        query_time=feeds["query_time"],
+        actions=feeds.get("actions"),
+    )
