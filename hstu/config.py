@@ -84,6 +84,13 @@ class HSTUConfig:
                 got=f"unknown {unknown}, missing {missing}",
                 expected=", ".join(fields),
             )
+        wrong = [name for name, value in values.items() if not _fits(value, str(fields[name].type))]
+        if wrong:
+            raise InputError(
+                f"{source}: values of the wrong type",
+                got=", ".join(f"{name}={values[name]!r}" for name in wrong),
+                expected=", ".join(f"{name}: {fields[name].type}" for name in wrong),
+            )
         return cls(**{**values, "tasks": tuple(values.get("tasks", ()))})
 
     @classmethod
@@ -93,7 +100,8 @@ class HSTUConfig:
         try:
             values = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read ({error})", expected="a config.json with an 'hstu' section") from None
+            expected = "a config.json with an 'hstu' section"
+            raise InputError(f"{path}: cannot be read ({error})", expected=expected) from None
         if not isinstance(values, dict) or not isinstance(values.get("hstu"), dict):
             raise InputError(f"{path}: not an HSTU checkpoint", expected="an 'hstu' section with the model's shape")
         return cls.from_dict(values["hstu"], source=str(path))
@@ -114,3 +122,12 @@ class HSTUConfig:
             "pad_token_id": 0,
             "hstu": self.to_dict(),
         }
+
+
+def _fits(value: object, hint: str) -> bool:
+    """Whether a JSON value is of a field's type, given as it is written above."""
+    if hint == "int":
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint.startswith("tuple"):
+        return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+    return value in ("zero", "last_event")
