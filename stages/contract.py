@@ -50,6 +50,7 @@ class Stage:
 
     A stage with `variant` writes one artifact per value, at `<name>/<variant(params)>`. In `needs`,
     "build-engine/{engines}" stands for one input per value of the consumer's own parameter `engines`.
+    `publish` is called with the finished artifact and writes what people read of it into `reports/`.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Stage:
     toolchain: tuple[str, ...] = ()
     run: RunStage
     variant: Callable[[Any], str] | None = None
+    publish: Callable[[Artifact, Workspace], None] | None = None
 
     def folder(self, params: Any) -> str:
         """Where this stage's artifact stands below the artifacts folder."""
@@ -127,6 +129,8 @@ def execute(stage: Stage, workspace: Workspace, *, overrides: Mapping[str, Any] 
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         write_report(workspace.reports / "metrics" / f"{folder.replace('/', '-')}.json", outcome.metrics)
+        if stage.publish is not None:
+            stage.publish(open_artifact(destination, stage=stage.name, verify=False), workspace)
     return open_artifact(destination, stage=stage.name, verify=False)
 
 
