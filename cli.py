@@ -1,0 +1,308 @@
+"""One command per stage of the compiler, and the commands that use what they make. No logic lives here.
+
+Exit codes: 0 ok · 1 a bug · 2 bad parameters, input or usage · 3 a missing device, library or version ·
+4 a corrupt or mismatched artifact · 5 a gate failed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+import os
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional
+
+import typer
+
+from hstu.errors import CompilerError, GateError, InputError
+from stages import compiling
+from stages.contract import Stage, Workspace, execute, say
+from stages.parameters import read_params
+from stages.pipeline import PIPELINE
+
+app = typer.Typer(
+    name="cli.py",
+    help="Compile HSTU recommenders: checkpoint → ONNX → surgery → engines → bundle → benchmark.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """The global options, which may stand before or after the command."""
+
+    params: Path = Path("params.yaml")
+    artifacts: Path = Path("artifacts")
+    reports: Path = Path("reports")
+    set_values: list[str] = field(default_factory=list)
+    json_output: bool = False
+
+    def workspace(self) -> Workspace:
+        return Workspace(
+            artifacts=self.artifacts, reports=self.reports, values=read_params(self.params, self.set_values)
+        )
+
+    def show(self, value: Any, text: str | None = None) -> None:
+        """Results, alone on stdout: JSON with --json, else `text` (or the JSON when there is no text)."""
+        if self.json_output or text is None:
+            print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+        else:
+            print(text)
+
+
+PANEL = "Everywhere"
+ParamsOption = Annotated[Optional[Path], typer.Option("--params", help="Parameters [params.yaml].", rich_help_panel=PANEL)]  # noqa: UP045
+ArtifactsOption = Annotated[Optional[Path], typer.Option("--artifacts", help="Artifacts [artifacts].", rich_help_panel=PANEL)]  # noqa: UP045
+ReportsOption = Annotated[Optional[Path], typer.Option("--reports", help="Reports [reports].", rich_help_panel=PANEL)]  # noqa: UP045
+SetOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("-S", "--set", metavar="SECTION.KEY=VALUE", help="Override a parameter.", rich_help_panel=PANEL),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Results as JSON on stdout.", rich_help_panel=PANEL)]
+_GLOBAL = [
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    for name, default, annotation in (
+        ("params_", None, ParamsOption),
+        ("artifacts_", None, ArtifactsOption),
+        ("reports_", None, ReportsOption),
+        ("set_", None, SetOption),
+        ("json_", False, JsonOption),
+    )
+]
+
+
+def _merge(settings: Settings, given: dict[str, Any]) -> None:
+    """Take the global options out of `given` and into `settings`; later ones win, -S accumulates."""
+    for name in ("params", "artifacts", "reports"):
+        value = given.pop(f"{name}_", None)
+        if value is not None:
+            setattr(settings, name, value)
+    settings.set_values += given.pop("set_", None) or []
+    settings.json_output |= given.pop("json_", False)
+
+
+@app.callback()
+def main_options(
+    context: typer.Context,
+    params_: ParamsOption = None,
+    artifacts_: ArtifactsOption = None,
+    reports_: ReportsOption = None,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Compile HSTU recommenders: checkpoint → ONNX → surgery → engines → bundle → benchmark."""
+    context.obj = Settings()
+    _merge(context.obj, dict(params_=params_, artifacts_=artifacts_, reports_=reports_, set_=set_, json_=json_))
+
+
+def command(name: str, *, panel: str = "Use") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command whose first argument is the Settings; it gains the global options."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+
+        @functools.wraps(function)
+        def run(context: typer.Context, **given: Any) -> None:
+            _merge(context.obj, given)
+            function(context.obj, **given)
+
+        first = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        signature = inspect.Signature([first, *own, *_GLOBAL])
+        run.__signature__ = signature  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+        app.command(name, rich_help_panel=panel)(run)
+        return function
+
+    return register
+
+
+def _stage_command(stage: Stage) -> None:
+    """The command of a stage: one option per parameter, which overrides the params file."""
+    hints = typing.get_type_hints(stage.params)
+
+    def run(settings: Settings, **given: str | None) -> None:
+        overrides = [f"{stage.name}.{key}={value}" for key, value in given.items() if value is not None]
+        settings.set_values += overrides
+        artifact = execute(stage, settings.workspace())
+        settings.show(
+            {"stage": stage.name, "path": str(artifact.path), "id": artifact.id},
+            f"{artifact.path}  {artifact.id[:12]}",
+        )
+
+    parameters = [inspect.Parameter("settings", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Settings)]
+    for item in dataclasses.fields(stage.params):
+        hint = hints[item.name]
+        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        metavar = "|".join(map(str, choices)) or getattr(hint, "__name__", str(hint)).upper()
+        option = typer.Option(f"--{item.name.replace('_', '-')}", metavar=metavar, help=f"{stage.name}.{item.name}")
+        annotation = Annotated[Optional[str], option]  # noqa: UP045
+        parameters.append(
+            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__doc__ = stage.summary
+    run.__name__ = stage.name.replace("-", "_")
+    command(stage.name, panel="Stages, in order")(run)
+
+
+for _stage in PIPELINE:
+    if _stage.name != "benchmark":
+        _stage_command(_stage)
+
+
+@command("compile")
+def compile_(
+    settings: Settings,
+    until: Annotated[str, typer.Option(metavar="STAGE", help="The last stage to run.")] = "benchmark",
+    strict: Annotated[bool, typer.Option("--strict", help="A refused engine fails the run.")] = False,
+) -> None:
+    """Run all stages in this process, without DVC.
+
+    An engine that fails its quality gate is refused and left out of the bundle, unless it is the default
+    engine or --strict is given: then the run fails with exit code 5.
+    """
+    result = compiling.compile_bundle(settings.workspace(), until=until, strict=strict)
+    lines = [f"{name}  {artifact.id[:12]}" for name, artifact in result.artifacts.items()]
+    settings.show(
+        {"artifacts": {name: artifact.id for name, artifact in result.artifacts.items()}, "refused": result.refused},
+        "\n".join([*lines, *(f"refused {name}: {why}" for name, why in result.refused.items())]),
+    )
+
+
+@contextmanager
+def _lines(source: str) -> Iterator[typing.IO[str]]:
+    if source == "-":
+        yield sys.stdin
+        return
+    try:
+        stream = Path(source).open(encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read ({error.strerror})", fix="pass --input FILE.jsonl, or - for stdin") from None
+    with stream:
+        yield stream
+
+
+@command("recommend")
+def recommend(
+    settings: Settings,
+    input_: Annotated[str, typer.Option("--input", metavar="FILE.jsonl|-", help="Requests, one object a line.")],
+    bundle: Annotated[Path, typer.Option(help="The bundle to answer from.")] = Path("artifacts/bundle"),
+    k: Annotated[int, typer.Option("--k", "-k", help="Items per answer.")] = 10,
+    runtime: Annotated[Literal["engine", "vllm", "torch"], typer.Option(help="What computes the answer.")] = "engine",
+    precision: Annotated[Optional[str], typer.Option(help="Which engine of the bundle [its default].")] = None,  # noqa: UP045
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Add each user's embedding.")] = False,
+    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads [all cores].")] = None,  # noqa: UP045
+) -> None:
+    """Answer requests: JSON lines in, JSON lines out, in the same order."""
+    from serving.bundle import open_bundle
+    from serving.recommender import Recommender, open_retriever
+    from serving.requests import read_requests
+
+    with _lines(input_) as stream:
+        requests = read_requests(stream, source="stdin" if input_ == "-" else input_)
+    opened = open_bundle(bundle)
+    recommender = Recommender(opened, open_retriever(opened, runtime, engine=precision, threads=threads))
+    with compiling.progress("users", total=len(requests)) as advance_to:
+        answers = recommender.recommend(
+            requests,
+            num_items=k,
+            embeddings=embeddings,
+            on_cut=lambda cut: say(
+                f"{len(cut)} histories were longer than {opened.config.max_history} events; the newest were kept"
+            ),
+            on_progress=advance_to,
+        )
+        lines = [json.dumps(answer, ensure_ascii=False) for answer in answers]
+    print("\n".join(lines))
+
+
+@command("benchmark", panel="Stages, in order")
+def benchmark(
+    settings: Settings,
+    case: Annotated[Optional[list[str]], typer.Option(metavar="NAME", help="Cases to run [those of params.yaml].")] = None,  # noqa: UP045
+) -> None:
+    """Measure every runtime of the bundle beside eager PyTorch; write benchmark.json and report.html."""
+    from stages.pipeline import stage
+
+    if case:
+        settings.set_values.append(f"benchmark.cases={json.dumps(case)}")
+    execute(stage("benchmark"), settings.workspace())
+    path = settings.reports / "benchmark.json"
+    settings.show(json.loads(path.read_text()), f"{path}\n{settings.reports / 'report.html'}")
+
+
+@command("gate")
+def gate(
+    settings: Settings,
+    baseline: Annotated[Optional[Path], typer.Option(help="What to compare with [REPORTS/baseline.json].")] = None,  # noqa: UP045
+    accept: Annotated[bool, typer.Option("--accept", help="Make the current benchmark the baseline.")] = False,
+    reason: Annotated[Optional[str], typer.Option(help="Why the baseline changes (with --accept).")] = None,  # noqa: UP045
+) -> None:
+    """Compare reports/benchmark.json with the baseline; exit 5 on a regression."""
+    from stages import gate as gating
+
+    verdict = gating.run_gate(settings.workspace(), baseline=baseline, accept=accept, reason=reason)
+    settings.show(verdict.to_dict(), verdict.text)
+    if not verdict.passed:
+        raise GateError("the benchmark is worse than the baseline", fix="see the rows above")
+
+
+@command("verify")
+def verify(
+    settings: Settings,
+    path: Annotated[Path, typer.Argument(help="An artifact or a bundle.")],
+    run: Annotated[bool, typer.Option("--run", help="Replay the golden inputs too.")] = False,
+) -> None:
+    """Check every byte of an artifact, its lineage, and with --run its answers."""
+    from stages.verify import verify as check
+
+    result = check(path, run=run)
+    settings.show(result)
+
+
+@command("lineage")
+def lineage(settings: Settings, path: Annotated[Path, typer.Argument(help="An artifact or a bundle.")]) -> None:
+    """Show what an artifact was made from, up to its sources."""
+    from stages.lineage import lineage as trace
+
+    tree = trace(path, settings.artifacts)
+    settings.show(tree.to_dict(), tree.text)
+
+
+@command("doctor")
+def doctor(settings: Settings) -> None:
+    """Say what is installed, which device is here, and what each backend can do on it."""
+    from stages.doctor import examine, render
+
+    facts = examine()
+    settings.show(facts, render(facts))
+
+
+def main() -> None:
+    """Run the command line; errors of ours become one message and their exit code."""
+    try:
+        app()
+    except CompilerError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; nothing half-written was left\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Recommendations from a bundle, on the runtime that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from hstu.data.histories import Histories
+from hstu.errors import UsageError
+from hstu.signature import num_results
+from serving.bundle import Bundle
+from serving.engine import Array, Engine, check_feeds, open_engine
+from serving.requests import Request, encode_requests
+
+RuntimeName = Literal["engine", "vllm", "torch"]
+_BATCH = 32
+
+
+class Retriever(Protocol):
+    """Answers histories: user embeddings float32 [B, D], item ids int64 [B, K] and scores float32 [B, K]."""
+
+    runtime: RuntimeName
+    precision: str
+
+    def retrieve(self, histories: Histories) -> tuple[Array, Array, Array]: ...
+
+
+class EngineRetriever:
+    """Retrieval by an engine's `retrieve` entry; `runtime` says whether it is compiled or eager PyTorch."""
+
+    def __init__(self, engine: Engine, runtime: RuntimeName) -> None:
+        self.engine, self.runtime, self.precision = engine, runtime, engine.precision
+
+    def retrieve(self, histories: Histories) -> tuple[Array, Array, Array]:
+        feeds = histories.feeds(self.engine.config)
+        check_feeds(self.engine.config, "retrieve", feeds)
+        outputs = self.engine.run("retrieve", feeds)
+        return outputs["user_embedding"], outputs["top_item_ids"], outputs["top_scores"]
+
+
+class VllmRetriever:
+    """Retrieval by vLLM's paged model: its user embedding against every item."""
+
+    runtime: RuntimeName = "vllm"
+
+    def __init__(self, bundle: Bundle) -> None:
+        from serving.vllm_plugin.runtime import VllmRuntime
+
+        self._runtime = VllmRuntime(bundle.path)
+        self._num_results = num_results(bundle.config)
+        self.precision = "fp32"
+
+    def retrieve(self, histories: Histories) -> tuple[Array, Array, Array]:
+        return self._runtime.retrieve(histories, self._num_results)
+
+    def slates(self, histories: Histories, num_items: int) -> tuple[Array, Array]:
+        """Greedy slates: item ids int64 [B, n] and scores float32 [B, n]."""
+        return self._runtime.greedy_slates(histories, num_items)
+
+
+def open_retriever(bundle: Bundle, runtime: RuntimeName, *, engine: str | None = None, threads: int | None = None) -> Retriever:
+    """The runtime, loaded and ready; `engine` names one of the bundle's engines (default: the bundle's choice)."""
+    if engine is not None and runtime != "engine":
+        raise UsageError("a precision can be chosen for the engine runtime only", got=f"{runtime} at {engine}")
+    if runtime == "engine":
+        return EngineRetriever(open_engine(bundle.engine_folder(engine), threads=threads), "engine")
+    if runtime == "torch":
+        from serving.engines.torch import open_torch_engine
+
+        return EngineRetriever(open_torch_engine(bundle.path, threads=threads), "torch")
+    return VllmRetriever(bundle)
+
+
+class Recommender:
+    """A bundle and a runtime, ready to answer requests."""
+
+    def __init__(self, bundle: Bundle, retriever: Retriever) -> None:
+        self.bundle, self.retriever = bundle, retriever
+
+    def recommend(
+        self,
+        requests: Sequence[Request],
+        *,
+        num_items: int,
+        embeddings: bool = False,
+        on_cut: Callable[[dict[str, int]], None] | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """One answer a request, in order, best items first.
+
+        All requests are checked before the first answer is made. `on_cut` is told once which users lost how
+        many of their oldest events because the model takes no more than `max_history`.
+        """
+        config, vocabulary = self.bundle.config, self.bundle.vocabulary
+        limit = num_results(config)
+        if not 1 <= num_items <= limit:
+            raise UsageError("that many items cannot be recommended", got=num_items, expected=f"1..{limit}")
+        histories, cut = encode_requests(requests, config, vocabulary, max_events=config.max_history)
+        if cut and on_cut is not None:
+            on_cut(cut)
+        answers: list[dict[str, Any] | None] = [None] * len(requests)
+        done = 0
+        for rows in _batches(histories.lengths):
+            user_embedding, item_ids, scores = self.retriever.retrieve(histories.select(rows))
+            for place, row in enumerate(rows):
+                answer: dict[str, Any] = {
+                    "user_id": requests[row].user_id,
+                    "items": [
+                        {"item_id": vocabulary.item(int(item)), "score": float(score)}
+                        for item, score in zip(item_ids[place][:num_items], scores[place][:num_items], strict=True)
+                    ],
+                    "runtime": self.retriever.runtime,
+                    "precision": self.retriever.precision,
+                }
+                if embeddings:
+                    answer["embedding"] = [float(x) for x in user_embedding[place]]
+                answers[row] = answer
+            done += len(rows)
+            if on_progress is not None:
+                on_progress(done)
+        yield from (answer for answer in answers if answer is not None)
+
+
+def _batches(lengths: Array) -> Iterator[list[int]]:
+    """Rows in batches of similar length, so that little of a batch is padding."""
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, len(order), _BATCH):
+        yield [int(row) for row in order[start : start + _BATCH]]

