@@ -15,7 +15,8 @@ help:
 
 run: environment
 	dvc repro
-	python cli.py demo --bundle artifacts/bundle
+	@echo "bundle: artifacts/bundle    report: reports/report.html    three recommendations it makes:"
+	@python cli.py recommend --bundle artifacts/bundle --input artifacts/bundle/examples.jsonl --k 5
 
 test: environment lint types
 	pytest -m "not slow and not gpu and not tensorrt"

@@ -61,8 +61,12 @@ class Settings:
 
 
 PANEL = "Everywhere"
-ParamsOption = Annotated[Optional[Path], typer.Option("--params", help="Parameters [params.yaml].", rich_help_panel=PANEL)]  # noqa: UP045
-ArtifactsOption = Annotated[Optional[Path], typer.Option("--artifacts", help="Artifacts [artifacts].", rich_help_panel=PANEL)]  # noqa: UP045
+ParamsOption = Annotated[
+    Path | None, typer.Option("--params", help="Parameters [params.yaml].", rich_help_panel=PANEL)
+]
+ArtifactsOption = Annotated[
+    Path | None, typer.Option("--artifacts", help="Artifacts [artifacts].", rich_help_panel=PANEL)
+]
 ReportsOption = Annotated[Optional[Path], typer.Option("--reports", help="Reports [reports].", rich_help_panel=PANEL)]  # noqa: UP045
 SetOption = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -188,7 +192,9 @@ def _lines(source: str) -> Iterator[typing.IO[str]]:
     try:
         stream = Path(source).open(encoding="utf-8")  # noqa: SIM115
     except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror})", fix="pass --input FILE.jsonl, or - for stdin") from None
+        raise InputError(
+            f"{source}: cannot be read ({error.strerror})", fix="pass --input FILE.jsonl, or - for stdin"
+        ) from None
     with stream:
         yield stream
 
@@ -230,7 +236,9 @@ def recommend(
 @command("benchmark", panel="Stages, in order")
 def benchmark(
     settings: Settings,
-    case: Annotated[Optional[list[str]], typer.Option(metavar="NAME", help="Cases to run [those of params.yaml].")] = None,  # noqa: UP045
+    case: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Cases to run [those of params.yaml].")
+    ] = None,
 ) -> None:
     """Measure every runtime of the bundle beside eager PyTorch; write benchmark.json and report.html."""
     from stages.pipeline import stage

@@ -1,12 +1,13 @@
 """A bundle: everything a recommender needs, opened and verified as one artifact.
 
-    config.json model.safetensors tokenizer…   a Hugging Face style folder: what vLLM and eager PyTorch load
-    vocabulary.json                            raw item and action names of the model ids
-    engines/<name>/                            compiled engines, one folder each (`serving.engine`)
-    onnx/                                      the plain export, for comparison
-    golden/                                    inputs and the eager fp32 answers to them
-    lineage/                                   the manifests of everything this was made from
-    bundle.json                                engines, the default one
+config.json model.safetensors tokenizer…   a Hugging Face style folder: what vLLM and eager PyTorch load
+vocabulary.json                            raw item and action names of the model ids
+engines/<name>/                            compiled engines, one folder each (`serving.engine`)
+onnx/                                      the plain export, for comparison
+golden/                                    inputs and the eager fp32 answers to them
+examples.jsonl                             requests of held-out users, to try it with
+lineage/                                   the manifests of everything this was made from
+bundle.json                                engines, the default one
 """
 
 from __future__ import annotations

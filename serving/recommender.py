@@ -60,7 +60,9 @@ class VllmRetriever:
         return self._runtime.greedy_slates(histories, num_items)
 
 
-def open_retriever(bundle: Bundle, runtime: RuntimeName, *, engine: str | None = None, threads: int | None = None) -> Retriever:
+def open_retriever(
+    bundle: Bundle, runtime: RuntimeName, *, engine: str | None = None, threads: int | None = None
+) -> Retriever:
     """The runtime, loaded and ready; `engine` names one of the bundle's engines (default: the bundle's choice)."""
     if engine is not None and runtime != "engine":
         raise UsageError("a precision can be chosen for the engine runtime only", got=f"{runtime} at {engine}")
@@ -78,6 +80,13 @@ class Recommender:
 
     def __init__(self, bundle: Bundle, retriever: Retriever) -> None:
         self.bundle, self.retriever = bundle, retriever
+        items = bundle.vocabulary.items
+        self._integer_ids = all(item.isascii() and item.isdigit() and item == str(int(item)) for item in items)
+
+    def _raw_item(self, model_id: int) -> str | int:
+        """The raw id as the log had it: a number where every raw id is one."""
+        raw = self.bundle.vocabulary.item(model_id)
+        return int(raw) if self._integer_ids else raw
 
     def recommend(
         self,
@@ -93,11 +102,11 @@ class Recommender:
         All requests are checked before the first answer is made. `on_cut` is told once which users lost how
         many of their oldest events because the model takes no more than `max_history`.
         """
-        config, vocabulary = self.bundle.config, self.bundle.vocabulary
+        config = self.bundle.config
         limit = num_results(config)
         if not 1 <= num_items <= limit:
             raise UsageError("that many items cannot be recommended", got=num_items, expected=f"1..{limit}")
-        histories, cut = encode_requests(requests, config, vocabulary, max_events=config.max_history)
+        histories, cut = encode_requests(requests, config, self.bundle.vocabulary, max_events=config.max_history)
         if cut and on_cut is not None:
             on_cut(cut)
         answers: list[dict[str, Any] | None] = [None] * len(requests)
@@ -108,7 +117,7 @@ class Recommender:
                 answer: dict[str, Any] = {
                     "user_id": requests[row].user_id,
                     "items": [
-                        {"item_id": vocabulary.item(int(item)), "score": float(score)}
+                        {"item_id": self._raw_item(int(item)), "score": float(score)}
                         for item, score in zip(item_ids[place][:num_items], scores[place][:num_items], strict=True)
                     ],
                     "runtime": self.retriever.runtime,

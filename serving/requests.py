@@ -48,7 +48,8 @@ def read_requests(lines: Iterable[str], *, source: str) -> list[Request]:
             requests.append(request_from_json(value, where=where))
     if not requests:
         raise InputError(
-            f"{source}: no requests", expected='one object a line: {"user_id": …, "events": [{"item_id": …, "timestamp": …}]}'
+            f"{source}: no requests",
+            expected='one object a line: {"user_id": …, "events": [{"item_id": …, "timestamp": …}]}',
         )
     return requests
 
@@ -140,11 +141,12 @@ def encode_requests(
 
 
 def _encode_item(vocabulary: Vocabulary, item: str | int, request: Request) -> int:
-    encoded = vocabulary.item_id(str(item))
-    if encoded is None:
+    encoded = vocabulary.encode_item(item)
+    if encoded == 0:
+        raw = vocabulary.raw_items
         raise InputError(
             f"user {request.user_id!r}: unknown item {item!r}",
-            expected=vocabulary.describe_items(),
+            expected=f"1..{raw}" if raw else f"one of the {vocabulary.num_items} items of vocabulary.json",
             fix="leave out items the model was not trained on",
         )
     return encoded
@@ -154,7 +156,5 @@ def _encode_action(vocabulary: Vocabulary, action: str | None, request: Request)
     if action is None or not vocabulary.actions:
         return 0
     if action not in vocabulary.actions:
-        raise InputError(
-            f"user {request.user_id!r}: unknown action {action!r}", expected=", ".join(vocabulary.actions)
-        )
+        raise InputError(f"user {request.user_id!r}: unknown action {action!r}", expected=", ".join(vocabulary.actions))
     return vocabulary.actions.index(action) + 1

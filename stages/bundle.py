@@ -55,6 +55,7 @@ def run(params: BundleParams, inputs: Mapping[str, Artifact], folder: Path) -> O
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(artifact.path / MANIFEST, target)
     write_golden(checkpoint, folder / "golden", num_histories=params.golden_histories)
+    _write_examples(checkpoint, config, folder)
     details = json.loads(checkpoint.file("checkpoint.json").read_text())
     description = {
         "version": params.version,
@@ -67,6 +68,30 @@ def run(params: BundleParams, inputs: Mapping[str, Artifact], folder: Path) -> O
     (folder / "README.md").write_text(_readme(params, config))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Outcome(metrics={"bundle_mib": round(size / 2**20, 3), "engines": len(params.engines)})
+
+
+def _write_examples(checkpoint: Artifact, config: HSTUConfig, folder: Path) -> None:
+    """Write `examples.jsonl`: requests of held-out users in raw ids, to try the bundle with."""
+    from hstu.data.histories import Histories
+    from hstu.data.vocabulary import Vocabulary
+
+    vocabulary = Vocabulary.load(folder / "vocabulary.json")
+    evaluation = Histories.load(checkpoint.file("evaluation.npz")).newest(config.max_history)
+    lines = []
+    for row in range(min(NUM_EXAMPLES, len(evaluation))):
+        one = evaluation.select([row])
+        events = []
+        for item, action, timestamp in zip(one.item_ids, one.actions, one.timestamps, strict=True):
+            raw = vocabulary.item(int(item))
+            event = {"item_id": int(raw) if vocabulary.raw_items else raw, "timestamp": int(timestamp)}
+            if action:
+                event["action"] = vocabulary.actions[int(action) - 1]
+            events.append(event)
+        request = {"user_id": f"held-out-{row + 1}", "events": events}
+        if one.query_time[0]:
+            request["query_timestamp"] = int(one.query_time[0])
+        lines.append(json.dumps(request, ensure_ascii=False) + "\n")
+    (folder / "examples.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def _copy(artifact: Artifact, target: Path) -> None:
@@ -91,7 +116,7 @@ def _readme(params: BundleParams, config: HSTUConfig) -> str:
 
 Recommend from JSON lines (one `{{"user_id", "events": [{{"item_id", "timestamp"}}]}}` a line):
 
-    python cli.py recommend --bundle . --input requests.jsonl --k 10
+    python cli.py recommend --bundle . --input examples.jsonl --k 10
 
 Serve with vLLM (the plugin comes with the package `hstu-compiler`):
 
@@ -103,6 +128,7 @@ Check that these are the bytes that were built, and that every engine still give
 """
 
 
+NUM_EXAMPLES = 3
 SERVE_COMMAND = "python -m vllm.entrypoints.openai.api_server --model ."
 
 STAGE = Stage(
