@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from hstu.checkpoints.huggingface import load_pretrained
 from hstu.config import HSTUConfig
-from hstu.errors import ArtifactError, InputError
+from hstu.errors import InputError
 from hstu.model import HSTU, history_from_feeds
 from hstu.signature import EntryName, entry_names
 from serving.engine import Array
-
-WEIGHTS = "model.safetensors"
 
 
 class TorchEngine:
@@ -48,27 +44,6 @@ class TorchEngine:
         """Nothing is held that Python does not release."""
 
 
-def open_checkpoint(folder: Path, *, threads: int | None = None) -> TorchEngine:
-    """The model of a folder with `config.json` and `model.safetensors`, ready to run.
-
-    Raises InputError when config.json is not an HSTU config, ArtifactError when the weights do not fit it.
-    """
-    config = HSTUConfig.from_pretrained(folder)
-    path = folder / WEIGHTS
-    fix = "run the checkpoint stage again"
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"{path}: cannot be read as safetensors ({error})", fix=fix) from None
-    model = HSTU(config)
-    expected = {name: list(value.shape) for name, value in model.state_dict().items()}
-    got = {name: list(value.shape) for name, value in weights.items()}
-    if got != expected:
-        raise ArtifactError(
-            f"{path}: these weights are not of the model that config.json describes",
-            got={name: shape for name, shape in got.items() if expected.get(name) != shape},
-            expected={name: shape for name, shape in expected.items() if got.get(name) != shape},
-            fix=fix,
-        )
-    model.load_state_dict(weights)
-    return TorchEngine(model, threads=threads)
+def open_torch_engine(folder: Path, *, threads: int | None = None) -> TorchEngine:
+    """The model of a folder with `config.json` and `model.safetensors`, ready to run; InputError when it is not one."""
+    return TorchEngine(load_pretrained(folder), threads=threads)
