@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from hstu.config import HSTUConfig
 from hstu.errors import InputError
 from hstu.model import HSTU
 
-Shapes = Mapping[str, tuple[int, ...]]
+LINE = "\n            "  # sets the lines of a list below one another in an error message
+Shapes = Mapping[str, tuple[int | None, ...]]  # None: any size
 
 
 def expected_shapes(config: HSTUConfig) -> dict[str, tuple[int, ...]]:
@@ -21,22 +22,30 @@ def expected_shapes(config: HSTUConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def check_names(weights: Mapping[str, object], expected: Shapes, *, source: str, fix: str) -> None:
-    """`weights` holds exactly the `expected` tensors; InputError lists all that are missing, extra or wrong."""
-    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in weights]
+def check_names(
+    weights: Mapping[str, object], expected: Shapes, *, source: str, fix: str, booleans: Container[str] = ()
+) -> None:
+    """`weights` holds exactly the `expected` tensors; InputError lists all that are missing, extra or wrong.
+
+    Tensors hold floats, but for those named in `booleans`.
+    """
+    problems = [f"missing {name} {_sizes(shape)}" for name, shape in expected.items() if name not in weights]
     problems += [f"extra {name} {_describe(value)}" for name, value in weights.items() if name not in expected]
     for name, shape in expected.items():
-        value = weights.get(name)
-        if value is None:
+        if name not in weights:
             continue
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_sparse:
-            problems.append(f"wrong type of {name}: {_describe(value)}, expected floats {list(shape)}")
-        elif tuple(value.shape) != shape:
-            problems.append(f"wrong shape of {name}: {list(value.shape)}, expected {list(shape)}")
+        value = weights[name]
+        if not isinstance(value, Tensor) or value.layout != torch.strided or not _holds(value, name in booleans):
+            kind = "booleans" if name in booleans else "floats"
+            problems.append(f"wrong type of {name}: {_describe(value)}, expected {kind} {_sizes(shape)}")
+        elif value.dim() != len(shape) or any(
+            n not in (size, None) for size, n in zip(value.shape, shape, strict=True)
+        ):
+            problems.append(f"wrong shape of {name}: {_sizes(value.shape)}, expected {_sizes(shape)}")
     if problems:
         raise InputError(
             f"{source}: its tensors are not those of this model",
-            got="\n            ".join(problems),
+            got=LINE.join(problems),
             expected=f"{len(expected)} tensors with the names and shapes of the format",
             fix=fix,
         )
@@ -53,7 +62,7 @@ def check_finite(weights: Mapping[str, Tensor], *, source: str) -> None:
     if problems:
         raise InputError(
             f"{source}: weights that are not finite numbers",
-            got="\n            ".join(problems),
+            got=LINE.join(problems),
             expected="no NaN and no infinity",
             fix="export the checkpoint of an epoch before the training diverged",
         )
@@ -73,7 +82,20 @@ def model_from_weights(config: HSTUConfig, weights: Mapping[str, Tensor], *, sou
     return model
 
 
+def _holds(value: Tensor, boolean: bool) -> bool:
+    return value.dtype == torch.bool if boolean else bool(value.is_floating_point())
+
+
+def _fits(shape: Sequence[int], expected: Sequence[int | None]) -> bool:
+    pairs = zip(shape, expected, strict=False)
+    return len(shape) == len(expected) and all(size == wanted or wanted is None for size, wanted in pairs)
+
+
+def _sizes(shape: Iterable[int | None]) -> str:
+    return f"[{', '.join('?' if size is None else str(size) for size in shape)}]"
+
+
 def _describe(value: object) -> str:
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        return f"{str(value.dtype).removeprefix('torch.')} {_sizes(value.shape)}"
     return f"({type(value).__name__})"
