@@ -119,6 +119,14 @@ class HSTUAttention(nn.Module):
         return cand_u * layer_norm(attended.flatten(-2))
 
 
+class HSTUCandidateAttention(nn.Module):
+    """`HSTUAttention.candidates` as a module without weights, so that an exported graph tells its nodes apart."""
+
+    def forward(self, attention: HSTUAttention, *inputs: Tensor) -> Tensor:
+        """What `attention.candidates(*inputs)` returns."""
+        return attention.candidates(*inputs)
+
+
 class HSTULayer(nn.Module):
     """One layer: x + W_o(attention(LN(x) · W_uvqk))."""
 
@@ -126,6 +134,7 @@ class HSTULayer(nn.Module):
         super().__init__()
         self.uvqk = nn.Linear(config.embedding_dim, config.uvqk_dim, bias=False)
         self.attention = HSTUAttention(config)
+        self.candidate_attention = HSTUCandidateAttention()
         self.output = nn.Linear(config.num_heads * config.v_dim, config.embedding_dim)
 
     def project(self, x: Tensor) -> Tensor:
@@ -255,7 +264,7 @@ class HSTU(nn.Module):
         for index, layer in enumerate(self.layers):
             uvqk = layer.project(x)
             y = y + layer.output(
-                layer.attention.candidates(uvqk, layer.project(y), buckets, own_buckets, position)
+                layer.candidate_attention(layer.attention, uvqk, layer.project(y), buckets, own_buckets, position)
             )
             if index + 1 < len(self.layers):
                 x = x + layer.output(layer.attention(uvqk, history_buckets, history.lengths))
