@@ -6,6 +6,7 @@ runtimes on these models fails when one of them drops a term.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def random_histories(
     gaps = np.exp(rng.uniform(0.0, 14.0, size=total)).astype(np.int64) * (rng.random(total) > 0.1)
     timestamps = np.zeros(total, dtype=np.int64)
     query_time = np.zeros(num_users, dtype=np.int64)
-    for row, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for row, (start, end) in enumerate(itertools.pairwise(offsets)):
         timestamps[start:end] = 1_600_000_000 + np.cumsum(gaps[start:end])
         if row % 3 != 2:
             query_time[row] = (timestamps[end - 1] if end > start else 1_600_000_000) + int(rng.integers(0, 100_000))
