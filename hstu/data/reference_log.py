@@ -1,0 +1,253 @@
+"""A reference log drawn from a documented process, with structure that takes a long memory to predict.
+
+World. Items fill a grid of clusters × styles; every cell is a series with an order. Cluster popularity
+falls as 1/rank. Neighbouring clusters (c ± 1, on a ring) are related. A cluster has a price level, an item
+a quality.
+
+User. One style (skewed), four favourite clusters with weights 0.5, 0.25, 0.15, 0.1, a place in every
+series, and three traits: enthusiasm, loyalty, budget. Nothing names them: they show in the history alone.
+
+Session. Two threads, A and B, are open. What the user does next depends on the last action and on the gap:
+- within a session (minutes) the last action decides. After a like or a purchase the thread goes on (0.85),
+  after a click it goes on or gives way to the other thread (about half each), after a mere view it mostly
+  gives way (0.75). "The other thread" is a matter of what came some events before, not of the last item;
+- after a short absence (up to three days) the user resumes thread A of the last session;
+- after a long absence the user is back at the first favourite, where that series was left;
+- now and then (0.06; 0.2 after an absence) the user repeats the item last liked or bought;
+- now and then (0.05; 0.15 after a view) the user explores an item by global popularity. If that engages,
+  its cluster becomes the new thread B and the last favourite: interests drift.
+
+Item. Within a thread the cell of (cluster, own style; 0.08: another style) is walked in its order: the next
+item (0.65), the one after (0.15), or any other of the cell.
+
+Outcomes, each a Bernoulli draw with logit linear in: style match, favourite, the item's quality, and
+- engagement: enthusiasm; it makes dwell at least 30 s and the action click or like;
+- monetisation: budget minus the log of the price, given engagement; it makes the action purchase;
+- retention: loyalty and engagement; it decides whether the next absence is a day or a week.
+
+Everything is drawn from one seeded generator, one step of all users at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hstu.data.events import EventLog, Float64s
+from hstu.data.histories import Int64s
+
+ACTION_NAMES = ("view", "click", "like", "purchase")
+VIEW, CLICK, LIKE, PURCHASE = 1, 2, 3, 4
+ENGAGED_DWELL_S = 30
+MIN_ITEMS = 100
+_MAX_EVENTS_PER_USER, _MIN_EVENTS_PER_USER = 160, 6
+_STYLES, _CELL_ITEMS, _FAVOURITES = 5, 10, 4
+_FAVOURITE_WEIGHTS = np.array([0.5, 0.25, 0.15, 0.1])
+_START = 1_735_689_600  # 2025-01-01
+_DAY = 86_400
+_SESSION_ENDS = 0.22
+_LONG_ABSENCE_S = 3 * _DAY
+_CONTINUES = np.array([0.0, 0.15, 0.5, 0.85, 0.85])  # probability that the thread goes on, by last action
+_EXPLORES = np.array([0.0, 0.15, 0.05, 0.03, 0.03])
+
+Rng = np.random.Generator
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _World:
+    """Items 0..num_items-1 in grid order: `first[cell]` and `size[cell]` say which are in a cell."""
+
+    num_clusters: int
+    first: Int64s  # [clusters × styles]
+    size: Int64s
+    cell_of: Int64s  # [items]
+    item_popularity: Float64s  # [items], sums to 1
+    cluster_popularity: Float64s  # [clusters], sums to 1
+    quality: Float64s  # [items]
+    price: Float64s  # [items]
+
+
+def reference_log(*, num_users: int, num_items: int, events_per_user: int, seed: int) -> EventLog:
+    """The log of `num_users` users over `num_items` items, the same for the same arguments."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    world = _draw_world(rng, num_items)
+    num_events = np.clip(
+        rng.gamma(2.5, (events_per_user - _MIN_EVENTS_PER_USER) / 2.5, num_users).astype(np.int64)
+        + _MIN_EVENTS_PER_USER,
+        _MIN_EVENTS_PER_USER,
+        _MAX_EVENTS_PER_USER,
+    )
+    steps = _Simulation(rng, world, num_users).run(int(num_events.max()))
+    happened = np.arange(len(steps.items))[:, None] < num_events
+    users = np.broadcast_to(np.arange(num_users), happened.shape)
+
+    def rows(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        return values.swapaxes(0, 1)[happened.T]  # user by user, each oldest first
+
+    names = np.char.add("item-", np.char.zfill(rng.permutation(num_items).astype("U"), 5))  # ids tell no cluster
+    order = np.argsort(names)
+    code_of = np.argsort(order)
+    items = rows(steps.items)
+    return EventLog(
+        users=rows(users).astype(np.int64),
+        items=code_of[items].astype(np.int64),
+        actions=rows(steps.actions).astype(np.int64),
+        timestamps=rows(steps.timestamps).astype(np.int64),
+        dwell_s=rows(steps.dwell_s).astype(np.float64),
+        price=world.price[items],
+        user_ids=tuple(f"user-{user:05d}" for user in range(num_users)),
+        item_ids=tuple(names[order].tolist()),
+        action_names=ACTION_NAMES,
+        outcomes=rows(steps.outcomes).astype(np.int8),
+    )
+
+
+def _draw_world(rng: Rng, num_items: int) -> _World:
+    num_clusters = max(2, round(num_items / (_STYLES * _CELL_ITEMS)))
+    edges = np.linspace(0, num_items, num_clusters * _STYLES + 1).astype(np.int64)
+    first, size = edges[:-1], np.diff(edges)
+    cell_of = np.repeat(np.arange(len(size)), size)
+    cluster_of = cell_of // _STYLES
+    cluster_popularity = _normalised(1.0 / (1 + rng.permutation(num_clusters)) ** 0.8)
+    level = rng.normal(3.0, 0.8, num_clusters)
+    return _World(
+        num_clusters=num_clusters,
+        first=first,
+        size=size,
+        cell_of=cell_of,
+        item_popularity=_normalised(1.0 / (1 + rng.permutation(num_items))),
+        cluster_popularity=cluster_popularity,
+        quality=rng.normal(0.0, 0.6, num_items),
+        price=np.round(np.exp(level[cluster_of] + rng.normal(0.0, 0.3, num_items)), 2),
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class _Steps:
+    """What every user did at every step: arrays [steps, users], outcomes [steps, users, 3]."""
+
+    items: Int64s
+    actions: Int64s
+    timestamps: Int64s
+    dwell_s: Int64s
+    outcomes: Int64s
+
+
+class _Simulation:
+    """The state of all users; arrays are [users] unless said otherwise."""
+
+    def __init__(self, rng: Rng, world: _World, num_users: int) -> None:
+        self.rng, self.world, self.num_users = rng, world, num_users
+        self.rows = np.arange(num_users)
+        self.style = rng.choice(_STYLES, num_users, p=_normalised(1.0 / (1 + np.arange(_STYLES)) ** 0.5))
+        self.enthusiasm, self.loyalty, self.budget = rng.normal(0.0, 1.0, (3, num_users))
+        self.favourites = rng.choice(world.num_clusters, (num_users, _FAVOURITES), p=world.cluster_popularity)
+        related = (self.favourites[:, 0] + rng.choice([-1, 1], num_users)) % world.num_clusters
+        self.favourites[:, 1] = np.where(rng.random(num_users) < 0.5, related, self.favourites[:, 1])
+        self.progress = rng.geometric(0.25, (num_users, world.num_clusters)) - 2  # where the series was left
+        self.thread_a, self.thread_b = self.favourites[:, 0].copy(), self.favourites[:, 1].copy()
+        self.current = self.thread_a.copy()
+        self.dear = np.full(num_users, -1)  # the item last liked or bought
+        self.action = np.full(num_users, VIEW)
+        self.retained = np.ones(num_users, dtype=bool)
+        self.time = _START + rng.integers(0, 60 * _DAY, num_users)
+        self.dwell = np.zeros(num_users, dtype=np.int64)
+
+    def run(self, num_steps: int) -> _Steps:
+        items, actions, times, dwells, outcomes = [], [], [], [], []
+        for step in range(num_steps):
+            absence = self._advance_clock(first=step == 0)
+            item = self._choose_item(absence)
+            outcomes.append(self._react(item))
+            items.append(item)
+            actions.append(self.action.copy())
+            times.append(self.time.copy())
+            dwells.append(self.dwell.copy())
+        return _Steps(
+            items=np.stack(items),
+            actions=np.stack(actions),
+            timestamps=np.stack(times),
+            dwell_s=np.stack(dwells),
+            outcomes=np.stack(outcomes),
+        )
+
+    def _draw(self) -> Float64s:
+        return self.rng.random(self.num_users)
+
+    def _advance_clock(self, *, first: bool) -> Int64s:
+        """Seconds of absence before this event, 0 within a session; the clock moves."""
+        pause = self.dwell + self.rng.lognormal(4.0, 0.8, self.num_users)
+        median_s = np.where(self.retained, 0.9 * _DAY, 7.0 * _DAY)
+        absence = median_s * self.rng.lognormal(0.0, 0.4, self.num_users)
+        away = (self._draw() < _SESSION_ENDS) | first
+        if not first:
+            self.time = self.time + 1 + np.where(away, absence, pause).astype(np.int64)
+        return np.where(away, absence, 0).astype(np.int64)
+
+    def _choose_item(self, absence: Int64s) -> Int64s:
+        away, long = absence > 0, absence > _LONG_ABSENCE_S
+        self._open_threads(away, long)
+        other = np.where(self.current == self.thread_a, self.thread_b, self.thread_a)
+        goes_on = self._draw() < _CONTINUES[self.action]
+        self.current = np.where(away, self.thread_a, np.where(goes_on, self.current, other))
+        item = self._walk_series()
+        repeats = (self._draw() < np.where(away, 0.2, 0.06)) & (self.dear >= 0)
+        explores = ~repeats & (self._draw() < np.where(away, 0.05, _EXPLORES[self.action]))
+        item = np.where(repeats, self.dear, item)
+        explored = self.rng.choice(len(self.world.cell_of), self.num_users, p=self.world.item_popularity)
+        return np.where(explores, explored, item)
+
+    def _open_threads(self, away: Bools, long: Bools) -> None:
+        pick = self.rng.choice(_FAVOURITES, self.num_users, p=_FAVOURITE_WEIGHTS)
+        self.thread_a = np.where(away & long, self.favourites[:, 0], self.thread_a)
+        fresh = self.favourites[self.rows, pick]
+        fresh = np.where(fresh == self.thread_a, self.favourites[:, 1], fresh)
+        self.thread_b = np.where(away, fresh, self.thread_b)
+
+    def _walk_series(self) -> Int64s:
+        """The item at the next place of the current thread's series; places are kept per cluster."""
+        stray = self.rng.integers(0, _STYLES, self.num_users)
+        style = np.where(self._draw() < 0.08, stray, self.style)
+        cell = self.current * _STYLES + style
+        size = self.world.size[cell]
+        place, how = self.progress[self.rows, self.current], self._draw()
+        jump = (self._draw() ** 2 * size).astype(np.int64)
+        place = np.where(how < 0.65, place + 1, np.where(how < 0.8, place + 2, jump)) % size
+        self._place = place
+        return self.world.first[cell] + place
+
+    def _react(self, item: Int64s) -> Int64s:
+        """Outcomes int64 [users, 3] of seeing `item`; action, dwell, threads and interests follow."""
+        world, rows = self.world, self.rows
+        cell = world.cell_of[item]
+        cluster, place = cell // _STYLES, item - world.first[cell]
+        match = (cell % _STYLES == self.style).astype(np.float64)
+        favourite = (self.favourites == cluster[:, None]).any(axis=1).astype(np.float64)
+        appeal = 1.6 * match + 0.8 * favourite + world.quality[item]
+        engaged = self._draw() < _sigmoid(appeal + 0.8 * self.enthusiasm - 1.7)
+        paid_logit = 0.6 * appeal + 1.3 * self.budget - 1.2 * (np.log(world.price[item]) - 3.0) - 1.8
+        paid = engaged & (self._draw() < _sigmoid(paid_logit))
+        self.retained = self._draw() < _sigmoid(1.4 * self.loyalty + 0.5 * appeal + 0.8 * engaged - 1.2)
+        warm = self._draw()
+        self.action = np.where(engaged, np.where(warm < 0.6, LIKE, CLICK), np.where(warm < 0.25, CLICK, VIEW))
+        self.action = np.where(paid, PURCHASE, self.action)
+        seconds = self.rng.lognormal(4.0, 0.7, self.num_users).astype(np.int64)
+        self.dwell = np.where(engaged, ENGAGED_DWELL_S + seconds, 1 + seconds % (ENGAGED_DWELL_S - 1))
+        self.progress[rows, cluster] = place
+        new = engaged & (favourite == 0)
+        self.favourites[:, -1] = np.where(new, cluster, self.favourites[:, -1])
+        self.thread_b = np.where(new, cluster, self.thread_b)
+        self.current = np.where(new, cluster, self.current)
+        self.dear = np.where(self.action >= LIKE, item, self.dear)
+        return np.stack([engaged, self.retained, paid], axis=1).astype(np.int64)
+
+
+def _sigmoid(x: Float64s) -> Float64s:
+    return 1.0 / (1.0 + np.exp(-x))
+
+
+def _normalised(weights: Float64s) -> Float64s:
+    return weights / weights.sum()
