@@ -1,25 +1,23 @@
 """An artifact: a folder of files and one `manifest.json` that names every byte of it.
 
-The manifest is written last, so a folder without one is not an artifact. The artifact's id is the
-SHA-256 of the manifest's bytes; since the manifest holds the SHA-256 of every file and the ids of the
-artifacts it was made from, the id stands for the whole lineage. No clock, host name or absolute path
-is in it: the same inputs on the same kind of machine give the same id.
+The manifest is written last, so a folder without one is not an artifact. It holds the SHA-256 of every
+file, the ids of the artifacts it was made from and a checksum of itself, so a changed byte anywhere is
+found. The artifact's id is the SHA-256 of the manifest's bytes and so stands for the whole lineage. No
+clock, host name or absolute path is in it: the same inputs on the same kind of machine give the same id.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hstu.errors import ArtifactError
-
-SCHEMA = 1
-MANIFEST = "manifest.json"
-_MANIFEST_KEYS = {"schema", "stage", "params", "files", "inputs", "toolchain"}
+from hstu.manifest import CHECKSUM, MANIFEST, SCHEMA, check_file_name, encode_json, manifest_checksum, parse_manifest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,11 +53,6 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def encode_json(value: object) -> bytes:
-    """Canonical JSON: sorted keys, two-space indent, a newline at the end; the same value, the same bytes."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
 def write_manifest(
     folder: Path,
     *,
@@ -69,11 +62,16 @@ def write_manifest(
     toolchain: Mapping[str, str],
     platform: Mapping[str, Any] | None = None,
 ) -> Artifact:
-    """Hash every file of `folder`, write its manifest (last), and return the artifact."""
-    files = {
-        name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
-        for name in sorted(_walk(folder))
-    }
+    """Hash every file of `folder`, write its manifest (last), and return the artifact.
+
+    Empty folders are no part of an artifact. Raises ArtifactError on a link, a special file, or a file
+    name that could not be carried to another machine.
+    """
+    files = {}
+    for name in sorted(_walk(folder)):
+        if name != MANIFEST:
+            check_file_name(name, source=str(folder))
+            files[name] = {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "stage": stage,
@@ -84,6 +82,7 @@ def write_manifest(
     }
     if platform is not None:
         manifest["platform"] = dict(platform)
+    manifest[CHECKSUM] = manifest_checksum(manifest)
     data = encode_json(manifest)
     (folder / MANIFEST).write_bytes(data)
     return Artifact(path=folder, manifest=json.loads(data), id=hashlib.sha256(data).hexdigest())
@@ -92,31 +91,28 @@ def write_manifest(
 def open_artifact(path: Path, *, stage: str | None = None, verify: bool = True) -> Artifact:
     """Open the artifact at `path`; with `verify` every file is hashed and no file may be extra.
 
-    Raises ArtifactError when the folder is no artifact, is of another stage or schema, or when any
-    file is missing, extra, a link, or differs in a single byte.
+    Raises ArtifactError when the folder is no artifact, is of another stage or schema, or when the
+    manifest or any file is missing, extra, a link, unreadable, or differs in a single byte.
     """
     manifest_path = path / MANIFEST
     rerun = f"run the {stage or 'producing'} stage again"
-    if not path.is_dir():
-        raise ArtifactError(f"{path}: there is no artifact here", expected=f"a folder with {MANIFEST}", fix=rerun)
-    if not manifest_path.is_file() or manifest_path.is_symlink():
-        raise ArtifactError(f"{path}: not an artifact", expected=f"a regular file {MANIFEST} in it", fix=rerun)
-    data = manifest_path.read_bytes()
     try:
-        manifest = json.loads(data)
-    except ValueError as error:
-        raise ArtifactError(f"{manifest_path}: not valid JSON ({error})", fix=rerun) from None
-    if not isinstance(manifest, dict) or not _MANIFEST_KEYS <= manifest.keys():
-        missing = sorted(_MANIFEST_KEYS - manifest.keys()) if isinstance(manifest, dict) else "an object"
-        raise ArtifactError(f"{manifest_path}: not a manifest of ours", expected=f"keys {missing}", fix=rerun)
-    if manifest["schema"] != SCHEMA:
-        raise ArtifactError(
-            f"{manifest_path}: written for another schema", got=manifest["schema"], expected=SCHEMA, fix=rerun
-        )
-    if stage is not None and manifest["stage"] != stage:
-        raise ArtifactError(f"{path}: artifact of another stage", got=manifest["stage"], expected=stage, fix=rerun)
-    if verify:
-        _verify_files(path, manifest, rerun)
+        if not path.is_dir():
+            raise ArtifactError(f"{path}: there is no artifact here", expected=f"a folder with {MANIFEST}", fix=rerun)
+        if not manifest_path.is_file() or manifest_path.is_symlink():
+            raise ArtifactError(
+                f"{path}: not an artifact",
+                expected=f"a regular file {MANIFEST} in it",
+                fix=f"remove or move the folder, then {rerun}",
+            )
+        data = manifest_path.read_bytes()
+        manifest = parse_manifest(data, source=str(manifest_path), fix=rerun)
+        if stage is not None and manifest["stage"] != stage:
+            raise ArtifactError(f"{path}: artifact of another stage", got=manifest["stage"], expected=stage, fix=rerun)
+        if verify:
+            _verify_files(path, manifest, rerun)
+    except OSError as error:
+        raise ArtifactError(f"{error.filename or path}: cannot be read ({error.strerror})", fix=rerun) from None
     return Artifact(path=path, manifest=manifest, id=hashlib.sha256(data).hexdigest())
 
 
@@ -146,11 +142,20 @@ def _verify_files(path: Path, manifest: Mapping[str, Any], fix: str) -> None:
             )
 
 
-def _walk(folder: Path) -> Iterator[str]:
+def _walk(folder: Path, prefix: str = "") -> Iterator[str]:
     """Every file below `folder` as a POSIX path; ArtifactError on a link or a special file."""
-    for entry in sorted(folder.rglob("*")):
-        name = entry.relative_to(folder).as_posix()
-        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
-            raise ArtifactError(f"{entry}: an artifact holds regular files only", fix="remove it and run again")
-        if entry.is_file():
-            yield name
+    with os.scandir(folder / prefix) as entries:
+        for entry in entries:
+            name = f"{prefix}{entry.name}"
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(folder, f"{name}/")
+            elif entry.is_file(follow_symlinks=False):
+                yield name
+            else:
+                raise ArtifactError(
+                    f"{folder / name}: an artifact holds regular files only, no links or special files",
+                    fix="remove it and run the stage again",
+                )
+
+
+__all__ = ["MANIFEST", "SCHEMA", "Artifact", "encode_json", "open_artifact", "sha256_file", "write_manifest"]

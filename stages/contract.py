@@ -7,26 +7,28 @@ renames: at any moment the destination holds a whole artifact or none.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
-import fcntl
-import os
-import shutil
-import signal
-import sys
-import tempfile
-import threading
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from hstu.artifact import Artifact, encode_json, open_artifact, write_manifest
-from hstu.errors import CompilerError, MissingBackendError, ParameterError, UsageError
-from stages.parameters import load_params
+from hstu.artifact import Artifact, open_artifact, write_manifest
+from hstu.errors import CompilerError, MissingBackendError, ParameterError
+from stages.parameters import load_params, suggestion
+from stages.workspace import (
+    FullDisk,
+    Workspace,
+    commit,
+    hold,
+    interruptible,
+    new_folder,
+    recover,
+    say,
+    write_report,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +42,8 @@ class Outcome:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     platform: Mapping[str, Any] | None = None
 
+
+_VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # one folder name, never a way out of the artifacts folder
 
 RunStage = Callable[[Any, Mapping[str, Artifact], Path], Outcome]
 
@@ -64,7 +68,12 @@ class Stage:
 
     def folder(self, params: Any) -> str:
         """Where this stage's artifact stands below the artifacts folder."""
-        return self.name if self.variant is None else f"{self.name}/{self.variant(params)}"
+        if self.variant is None:
+            return self.name
+        variant = self.variant(params)
+        if not _VARIANT.fullmatch(variant):
+            raise ParameterError(f"{self.name}: not the name of a variant", got=repr(variant), expected="a plain name")
+        return f"{self.name}/{variant}"
 
     def inputs(self, params: Any) -> list[str]:
         """The folders this stage reads, below the artifacts folder."""
@@ -72,44 +81,39 @@ class Stage:
         for need in self.needs:
             prefix, brace, rest = need.partition("{")
             values = getattr(params, rest.rstrip("}")) if brace else ("",)
-            folders += [prefix + value for value in values]
+            for value in values:
+                if brace and not _VARIANT.fullmatch(value):
+                    raise ParameterError(f"{self.name}: not the name of an artifact", got=repr(value))
+                folders.append(prefix + value)
         return folders
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Workspace:
-    """Where artifacts and reports stand, and the parameter values of every section."""
-
-    artifacts: Path
-    reports: Path
-    values: Mapping[str, Mapping[str, Any]]
 
 
 def execute(stage: Stage, workspace: Workspace, *, overrides: Mapping[str, Any] | None = None) -> Artifact:
     """Run one stage and return its artifact; on any error the earlier artifact is still there, whole.
 
-    Raises ParameterError, ArtifactError (an input is corrupt or missing), UsageError (another run holds
-    the destination, or the disk is full) and whatever the stage itself raises.
+    The workspace is held from before the inputs are opened until the report is written, so no other run
+    can change an input while it is read. Raises ParameterError, ArtifactError (an input is corrupt or
+    missing), UsageError (another run is at work here, or the disk is full) and what the stage itself raises.
     """
-    section = {**workspace.values.get(stage.name, {}), **(overrides or {})}
     if stage.name not in workspace.values:
         raise ParameterError(
-            f"params: there is no section {stage.name!r}", expected=", ".join(workspace.values), fix="add the section"
+            f"params: there is no section {stage.name!r}", **suggestion(stage.name, workspace.values, "add the section")
         )
-    params = load_params(stage.params, section, section=stage.name)
+    section = {**workspace.values[stage.name], **(overrides or {})}
+    params: Any = load_params(stage.params, section, section=stage.name)
     folder = stage.folder(params)
     destination = workspace.artifacts / folder
-    with _lock(workspace.artifacts, folder), _interruptible():
-        _recover(destination)
+    report = workspace.reports / "metrics" / f"{folder.replace('/', '-')}.json"
+    with interruptible(), hold(workspace.artifacts), FullDisk(stage.name, workspace.artifacts):
+        recover(destination)
         inputs = {
             need: open_artifact(workspace.artifacts / need, stage=need.partition("/")[0])
             for need in stage.inputs(params)
         }
         toolchain = {name: installed_version(name) for name in stage.toolchain}
-        temporary = Path(tempfile.mkdtemp(prefix=f"{_temporary_prefix(destination)}", dir=destination.parent))
-        try:
+        with new_folder(destination) as temporary, FullDisk(stage.name, temporary):
             outcome = stage.run(params, inputs, temporary)
-            write_manifest(
+            artifact = write_manifest(
                 temporary,
                 stage=stage.name,
                 params=dataclasses.asdict(params),
@@ -117,32 +121,11 @@ def execute(stage: Stage, workspace: Workspace, *, overrides: Mapping[str, Any] 
                 toolchain=toolchain,
                 platform=outcome.platform,
             )
-            _replace(temporary, destination)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UsageError(
-                    f"{stage.name}: the disk is full, nothing was kept of this run",
-                    got=f"{shutil.disk_usage(destination.parent).free // 2**20} MiB free",
-                    fix="free some space (or pass --artifacts DIR on another disk) and run again",
-                ) from None
-            raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        write_report(workspace.reports / "metrics" / f"{folder.replace('/', '-')}.json", outcome.metrics)
+            commit(temporary, destination, report, outcome.metrics)
+        artifact = dataclasses.replace(artifact, path=destination)
         if stage.publish is not None:
-            stage.publish(open_artifact(destination, stage=stage.name, verify=False), workspace)
-    return open_artifact(destination, stage=stage.name, verify=False)
-
-
-def write_report(path: Path, values: object) -> None:
-    """Write JSON at `path`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(encode_json(values))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            stage.publish(artifact, workspace)
+    return artifact
 
 
 def installed_version(distribution: str) -> str:
@@ -155,70 +138,14 @@ def installed_version(distribution: str) -> str:
         ) from None
 
 
-def _temporary_prefix(destination: Path) -> str:
-    return f".{destination.name}.tmp-"
-
-
-def _recover(destination: Path) -> None:
-    """Put right what a killed run left: temporary folders go, a set-aside artifact comes back."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in destination.parent.glob(f"{_temporary_prefix(destination)}*"):
-        shutil.rmtree(leftover)
-    previous = destination.with_name(f".{destination.name}.previous")
-    if previous.exists():
-        if destination.exists():
-            shutil.rmtree(previous)
-        else:
-            previous.rename(destination)
-
-
-def _replace(temporary: Path, destination: Path) -> None:
-    """Rename the finished folder into place; the earlier artifact is set aside until that has happened."""
-    temporary.chmod(0o755)
-    previous = destination.with_name(f".{destination.name}.previous")
-    if destination.exists():
-        destination.rename(previous)
-    temporary.rename(destination)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _lock(artifacts: Path, folder: str) -> Iterator[None]:
-    """Hold the destination for this process; UsageError when another run holds it."""
-    artifacts.mkdir(parents=True, exist_ok=True)
-    path = artifacts / f".{folder.replace('/', '-')}.lock"
-    with path.open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(
-                f"{artifacts / folder}: another run is writing this artifact",
-                fix="wait for it to end, or pass --artifacts DIR to work elsewhere",
-            ) from None
-        yield
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM ends the stage as Ctrl-C does, so that the temporary folder is removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def say(message: str) -> None:
-    """A line for the person watching: progress and choices go to stderr, results alone to stdout."""
-    sys.stderr.write(message + "\n")
-    sys.stderr.flush()
-
-
-__all__ = ["CompilerError", "Outcome", "Stage", "Workspace", "execute", "installed_version", "say", "write_report"]
+__all__ = [
+    "CompilerError",
+    "Outcome",
+    "Stage",
+    "Workspace",
+    "execute",
+    "hold",
+    "installed_version",
+    "say",
+    "write_report",
+]
