@@ -118,6 +118,45 @@ class HSTUAttention(nn.Module):
         attended = attended + own.unsqueeze(-1) * cand_v
         return cand_u * layer_norm(attended.flatten(-2))
 
+    def extend(
+        self, uvqk: Tensor, cache: Tensor, buckets: Tensor, cached_lengths: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gated output [B, E, H·dv] of E new events after a cached history, and their cache rows [B, E, H·(dqk+dv)].
+
+        The sum over j needs no softmax, so the cached part and the new part simply add. uvqk [B, E, W] before
+        SiLU; cache [B, P, H·(dqk+dv)] holds k and v (after SiLU) of the events before; buckets int64
+        [B, E, P+E]; cached_lengths and lengths int64 [B]: how many cached and new events each row has.
+        """
+        c = self.config
+        u, v, q, k = self.split(uvqk)
+        rows = torch.cat([k.flatten(-2), v.flatten(-2)], dim=-1)
+        cached_k, cached_v = cache.split([c.num_heads * c.qk_dim, c.num_heads * c.v_dim], dim=-1)
+        heads = (c.num_heads, -1)
+        past = torch.arange(cache.shape[1], device=uvqk.device)
+        new = torch.arange(uvqk.shape[1], device=uvqk.device)
+        first = cached_lengths.view(-1, 1, 1)
+        past_distance = past - first - new.unsqueeze(-1)  # [B, E, P] = j - i
+        new_distance = (new.unsqueeze(0) - new.unsqueeze(1)).expand(uvqk.shape[0], -1, -1)  # [B, E, E]
+        past_mask = (past < first).expand(past_distance.shape)
+        new_mask = (new_distance <= 0) & (new < lengths.view(-1, 1, 1))
+        furthest = 1 - c.max_length  # distances of masked entries are clamped into the table
+        distance = torch.cat([past_distance, new_distance], dim=-1).clamp(min=furthest, max=0)
+        mask = torch.cat([past_mask, new_mask], dim=-1).to(uvqk.dtype)
+        # what stands in the cache after its end never matters: 0 · NaN would
+        alive = (past < first.squeeze(-1)).unsqueeze(-1)
+        keys = torch.cat([torch.where(alive, cached_k, torch.zeros_like(cached_k)).unflatten(-1, heads), k], dim=1)
+        values = torch.cat([torch.where(alive, cached_v, torch.zeros_like(cached_v)).unflatten(-1, heads), v], dim=1)
+        attended = self.attend(q, keys, values, self.relative_bias(distance, buckets), mask)
+        return u * layer_norm(attended.flatten(-2)), rows
+
+
+class HSTUExtendAttention(nn.Module):
+    """`HSTUAttention.extend` as a module without weights, so that an exported graph tells its nodes apart."""
+
+    def forward(self, attention: HSTUAttention, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """What `attention.extend(*inputs)` returns."""
+        return attention.extend(*inputs)
+
 
 class HSTUCandidateAttention(nn.Module):
     """`HSTUAttention.candidates` as a module without weights, so that an exported graph tells its nodes apart."""
@@ -135,6 +174,7 @@ class HSTULayer(nn.Module):
         self.uvqk = nn.Linear(config.embedding_dim, config.uvqk_dim, bias=False)
         self.attention = HSTUAttention(config)
         self.candidate_attention = HSTUCandidateAttention()
+        self.extend_attention = HSTUExtendAttention()
         self.output = nn.Linear(config.num_heads * config.v_dim, config.embedding_dim)
 
     def project(self, x: Tensor) -> Tensor:
@@ -241,6 +281,36 @@ class HSTU(nn.Module):
         embedding = self.user_embedding(self.encode(history), history.lengths)
         scores, columns = self.item_scores(embedding).topk(num_results(self.config))
         return embedding, columns + 1, scores
+
+    def extend(
+        self, new: History, cache: Tensor, cached_timestamps: Tensor, cached_lengths: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `retrieve` returns for the whole history, computed from the cached part and the new events alone.
+
+        cache: float32 [B, layers, P, H·(dqk+dv)], cached_timestamps int64 [B, P], cached_lengths int64 [B] of the
+        events that already have a successor; `new` starts with the last event that had none (its row depends on
+        the time of what follows it) and holds at least one event a row. A cached length of 0 computes everything.
+        Also returns the new events' cache rows [B, layers, E, H·(dqk+dv)]: all but the last of a row may be kept.
+        """
+        steps = torch.arange(new.item_ids.shape[1], device=cache.device)
+        position = (cached_lengths.unsqueeze(1) + steps).clamp(max=self.config.max_length - 1)
+        last_cached = cached_timestamps.gather(1, (cached_lengths - 1).clamp(min=0).unsqueeze(1))
+        before = torch.cat([last_cached, new.timestamps[:, :-1]], dim=1)
+        gaps = torch.where(position > 0, new.timestamps - before, torch.zeros_like(before))
+        x = self.embed(new.item_ids, position, new.actions, gaps)
+        x = x * (steps < new.lengths.unsqueeze(1)).unsqueeze(-1).to(x.dtype)
+        times = torch.cat([cached_timestamps, new.timestamps], dim=1)
+        buckets = time_buckets(new.next_timestamps.unsqueeze(2) - times.unsqueeze(1))
+        rows = []
+        for index, layer in enumerate(self.layers):
+            gated, layer_rows = layer.extend_attention(
+                layer.attention, layer.project(x), cache[:, index], buckets, cached_lengths, new.lengths
+            )
+            rows.append(layer_rows)
+            x = x + layer.output(gated)
+        embedding = self.user_embedding(x, new.lengths)
+        scores, columns = self.item_scores(embedding).topk(num_results(self.config))
+        return embedding, columns + 1, scores, torch.stack(rows, dim=1)
 
     def rank_logits(
         self, history: History, candidate_ids: Tensor, *, position: Tensor | None = None, time: Tensor | None = None
