@@ -1,0 +1,24 @@
+"""HSTU as a vLLM model: what the entry point `vllm.general_plugins` calls in every vLLM process."""
+
+from __future__ import annotations
+
+ARCHITECTURE = "HSTUForCausalLM"
+MODEL_TYPE = "hstu"
+
+
+def register() -> None:
+    """vLLM knows the config, the architecture, its serving defaults and its attention backend; safe to call again."""
+    from transformers import AutoConfig
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from serving.vllm_plugin.config import HSTUPretrainedConfig, HSTUServingDefaults
+    from serving.vllm_plugin.model import HSTUForCausalLM
+
+    AutoConfig.register(MODEL_TYPE, HSTUPretrainedConfig, exist_ok=True)
+    MODELS_CONFIG_MAP[ARCHITECTURE] = HSTUServingDefaults
+    register_backend(AttentionBackendEnum.CUSTOM, "serving.vllm_plugin.attention.HSTUAttentionBackend")
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        # The class, not its name: a name costs vLLM a subprocess to look inside (seconds at every start).
+        ModelRegistry.register_model(ARCHITECTURE, HSTUForCausalLM)

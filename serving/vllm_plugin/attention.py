@@ -1,0 +1,285 @@
+"""HSTU's pointwise attention on vLLM's paged KV cache.
+
+    o_i = Σ_{j <= i} SiLU(q_i · k_j + position_bias[j - i] + time_bias[bucket(t_{i+1} - t_j)]) / N · v_j
+
+There is no softmax, so padding and pages in any order simply add nothing. The metadata builder turns a step
+of the scheduler into groups of requests that are attended together; what does not depend on the layer (pages,
+masks, distances, time buckets) is worked out once a step, and the layers only gather from it.
+"""
+
+# ruff: noqa: ARG002, ARG004 — the signatures are vLLM's
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionLayer,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from hstu.time_buckets import time_buckets
+
+PADDING = 1.25  # a group may be this many times larger than what is real in it
+GROUP_SCORES = 1 << 21  # scores (requests · queries · keys · heads) attended at once: about 8 MiB of float32
+
+
+@dataclass
+class Group:
+    """Requests attended together: B requests of up to Q new rows over up to L events, padded.
+
+    rows int64 [B, Q]: place of each new row in the step; is_row bool [B, Q], None when nothing is padded;
+    pages int64 [B, P], None when every event of these requests is new in this step;
+    mask bool [B, Q, L]: row may see event; distance int64 [B, Q, L]: j - i + N - 1, clamped;
+    kv_mask bool [B, L], None when every request has L events; buckets int64 [B, Q, L]: set by the model.
+    """
+
+    rows: Tensor
+    is_row: Tensor | None
+    pages: Tensor | None
+    mask: Tensor
+    distance: Tensor
+    kv_mask: Tensor | None
+    length: int
+    buckets: Tensor | None = None
+
+
+@dataclass
+class HSTUMetadata(AttentionMetadata):  # type: ignore[misc]
+    """One step: T rows of R requests. slots int64 [T] (0, vLLM's null page, where a row is not to be kept).
+
+    request int64 [T]: which request a row is of; first int64 [R]: a request's first row in the step;
+    context int64 [R]: its events before that; previous_slot int64 [R]: the slot of the last of them.
+    """
+
+    slots: Tensor
+    request: Tensor
+    first: Tensor
+    context: Tensor
+    previous_slot: Tensor
+    groups: list[Group]
+    block_size: int
+
+    def set_times(self, times: Tensor, next_times: Tensor) -> None:
+        """Time buckets of every group from the times [number of slots] by slot and next_times [T] by row."""
+        by_page = times.view(-1, self.block_size)
+        for group in self.groups:
+            if group.pages is None:
+                key_times = times[self.slots][group.rows]
+            else:
+                key_times = by_page[group.pages].flatten(1)[:, : group.length]
+            group.buckets = time_buckets(next_times[group.rows].unsqueeze(2) - key_times.unsqueeze(1))
+
+
+class HSTUMetadataBuilder(AttentionMetadataBuilder[HSTUMetadata]):  # type: ignore[misc]
+    """Plans a step on the host; one plan serves every layer."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.num_heads = kv_cache_spec.num_kv_heads
+        self.block_size = kv_cache_spec.block_size
+        self.max_length = vllm_config.model_config.hf_config.shape.max_length
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> HSTUMetadata:
+        """The plan of a step; requests of similar shape share a group."""
+        common = common_attn_metadata
+        starts = common.query_start_loc_cpu.tolist()
+        num_new = [end - start for start, end in itertools.pairwise(starts)]
+        upper = common.seq_lens_cpu_upper_bound
+        lengths = (common.seq_lens.cpu() if upper is None else upper)[: len(num_new)].tolist()
+        device = common.slot_mapping.device
+        first = torch.tensor(starts[:-1], device=device)
+        context = torch.tensor([n - new for n, new in zip(lengths, num_new, strict=True)], device=device)
+        last_page = (context - 1).clamp(min=0).div(self.block_size, rounding_mode="floor")
+        page = common.block_table_tensor[: len(num_new)].gather(1, last_page.unsqueeze(1)).squeeze(1).long()
+        return HSTUMetadata(
+            slots=common.slot_mapping[: common.num_actual_tokens].long().clamp(min=0),
+            request=torch.repeat_interleave(
+                torch.arange(len(num_new), device=device), torch.tensor(num_new, device=device)
+            ),
+            first=first,
+            context=context,
+            previous_slot=page * self.block_size + (context - 1).clamp(min=0) % self.block_size,
+            groups=[
+                self._group(members, num_new, lengths, first, context, common.block_table_tensor)
+                for members in group_requests(num_new, lengths, self.num_heads)
+            ],
+            block_size=self.block_size,
+        )
+
+    def _group(
+        self, members: list[int], num_new: list[int], lengths: list[int], first: Tensor, context: Tensor, table: Tensor
+    ) -> Group:
+        device = first.device
+        new = torch.tensor([num_new[m] for m in members], device=device)
+        seen = torch.tensor([lengths[m] for m in members], device=device)
+        index = torch.tensor(members, device=device)
+        num_queries, length = max(num_new[m] for m in members), max(lengths[m] for m in members)
+        query = torch.arange(num_queries, device=device)
+        key = torch.arange(length, device=device)
+        is_row = query < new.unsqueeze(1)
+        position = context[index].unsqueeze(1) + query
+        distance = key - position.unsqueeze(2)
+        all_new = all(num_new[m] == lengths[m] for m in members)
+        even_rows = all(num_new[m] == num_queries for m in members)
+        even_keys = all(lengths[m] == length for m in members)
+        num_pages = -(-length // self.block_size)
+        return Group(
+            rows=torch.where(is_row, first[index].unsqueeze(1) + query, first[index].unsqueeze(1)),
+            is_row=None if even_rows else is_row,
+            pages=None if all_new else table[index, :num_pages].long(),
+            mask=(distance <= 0) & is_row.unsqueeze(2),
+            distance=(distance.clamp(max=0) + self.max_length - 1).clamp(min=0),
+            kv_mask=None if even_keys else key < seen.unsqueeze(1),
+            length=length,
+        )
+
+
+def group_requests(num_new: list[int], lengths: list[int], num_heads: int) -> list[list[int]]:
+    """Requests in groups of little padding: each at most `PADDING` times its real size and `GROUP_SCORES` scores.
+
+    A request that is new as a whole is never put with one that has events in the cache: it needs no pages.
+    """
+    order = sorted(range(len(lengths)), key=lambda r: (num_new[r] < lengths[r], -num_new[r], -lengths[r], r))
+    groups: list[list[int]] = []
+    real = queries = keys = 0
+    for request in order:
+        if num_new[request] == 0:
+            continue
+        area = num_new[request] * lengths[request]
+        if groups:
+            head = groups[-1][0]
+            padded = (len(groups[-1]) + 1) * queries * max(keys, lengths[request])
+            same_kind = (num_new[head] < lengths[head]) == (num_new[request] < lengths[request])
+            if same_kind and padded <= PADDING * (real + area) and padded * num_heads <= GROUP_SCORES:
+                groups[-1].append(request)
+                real, keys = real + area, max(keys, lengths[request])
+                continue
+        groups.append([request])
+        real, queries, keys = area, num_new[request], lengths[request]
+    return groups
+
+
+class HSTUAttentionImpl(AttentionImpl[HSTUMetadata]):  # type: ignore[misc]
+    """One layer's attention over the groups of a step."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        *,
+        max_length: int,
+        position_bias: Tensor,
+        time_bias: Tensor,
+    ) -> None:
+        unsupported = (alibi_slopes, sliding_window, logits_soft_cap, kv_sharing_target_layer_name)
+        if any(unsupported) or attn_type != "decoder" or num_heads != num_kv_heads or scale != 1.0:
+            raise ValueError("HSTU attention is causal, unscaled and has as many key heads as query heads")
+        self.num_heads = self.num_kv_heads = num_heads
+        self.head_size, self.scale = head_size, scale
+        self.kv_cache_dtype = kv_cache_dtype
+        self.max_length = max_length
+        self.position_bias, self.time_bias = position_bias, time_bias
+
+    def do_kv_cache_update(
+        self, layer: AttentionLayer, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Keys [T, H, dqk] and values [T, H, dv] stand in the pages [blocks, H, block, dqk + dv] at their slots."""
+        slots = slot_mapping.long().clamp(min=0)
+        block_size = kv_cache.shape[2]
+        rows = torch.cat([key[: len(slots)], value[: len(slots)]], dim=-1).to(kv_cache.dtype)
+        kv_cache[slots // block_size, :, slots % block_size] = rows
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: HSTUMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Write Σ SiLU(q·k + bias) / N · v into `output` [T, H, dv]; zeros when vLLM only measures memory."""
+        if attn_metadata is None:
+            return output.zero_()
+        for group in attn_metadata.groups:
+            attended = self._attend(group, query, key, value, kv_cache).to(output.dtype)
+            if group.is_row is None:
+                output[group.rows.flatten()] = attended.flatten(0, 1)
+            else:
+                output[group.rows[group.is_row]] = attended[group.is_row]
+        return output
+
+    def _attend(self, group: Group, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor) -> Tensor:
+        """Attended values float32 [B, Q, H, dv] of a group."""
+        if group.pages is None:
+            k, v = key[group.rows].transpose(1, 2), value[group.rows].transpose(1, 2)
+        else:
+            pages = kv_cache[group.pages]  # [B, P, H, block, dqk + dv]
+            events = pages.transpose(1, 2).flatten(2, 3)[:, :, : group.length]
+            k, v = events[..., : self.head_size], events[..., self.head_size :]
+        if group.kv_mask is not None:  # what stands after a history's end may be anything, and 0 · NaN is NaN
+            v = v.masked_fill(~group.kv_mask[:, None, :, None], 0.0)
+        scores = (query[group.rows].transpose(1, 2) @ k.transpose(2, 3)).float()
+        bias = self.position_bias[group.distance] + self.time_bias[group.buckets]
+        weights = F.silu(scores + bias.unsqueeze(1)) / self.max_length
+        weights = weights.masked_fill(~group.mask.unsqueeze(1), 0.0)
+        return (weights.to(v.dtype) @ v).float().transpose(1, 2)
+
+
+class HSTUAttentionBackend(AttentionBackend):  # type: ignore[misc]
+    """Registered as CUSTOM and named by the model: the CPU platform ignores backend selection."""
+
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[HSTUAttentionImpl]:
+        return HSTUAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[HSTUMetadataBuilder]:
+        return HSTUMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)

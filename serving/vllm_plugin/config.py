@@ -1,0 +1,59 @@
+"""What vLLM is told about an HSTU folder, and the serving defaults that may not be left off by accident."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+from vllm.config import ModelConfig, VllmConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from hstu.config import HSTUConfig
+from hstu.signature import MAX_RESULTS
+from serving.vllm_plugin.records import RECORD_WIDTH
+
+CONSTRAINT = "serving.vllm_plugin.constraints:SlateConstraint"
+BLOCK_SIZE = 16  # events per KV page: vLLM's CPU default of 128 would never hit the prefix cache on short histories
+
+
+class HSTUPretrainedConfig(PretrainedConfig):
+    """The `config.json` that `HSTUConfig.to_pretrained` wrote, as transformers and vLLM read it."""
+
+    model_type = "hstu"
+    hstu: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.hstu is not None:
+            shape = self.shape
+            # vLLM sizes its input rows by hidden_size, and an input row here is a record.
+            self.hidden_size = max(shape.embedding_dim, RECORD_WIDTH)
+            self.head_dim = shape.qk_dim
+
+    @property
+    def shape(self) -> HSTUConfig:
+        """The model's own config; InputError when the section `hstu` is not one."""
+        return HSTUConfig.from_dict(self.hstu or {}, source="config.json, section 'hstu'")
+
+
+class HSTUServingDefaults(VerifyAndUpdateConfig):  # type: ignore[misc]
+    """Events as input rows, the slate constraint on, scores after masking, short KV pages."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        model_config.enable_prompt_embeds = True
+        if model_config.runner_type != "generate":
+            return
+        processors = list(model_config.logits_processors or [])
+        if CONSTRAINT not in processors:
+            model_config.logits_processors = [*processors, CONSTRAINT]
+        if model_config.logprobs_mode == "raw_logprobs":
+            model_config.logprobs_mode = "processed_logprobs"
+        model_config.max_logprobs = max(model_config.max_logprobs, MAX_RESULTS)
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        cache = vllm_config.cache_config
+        if not cache.user_specified_block_size:
+            cache.block_size = BLOCK_SIZE
+            cache.user_specified_block_size = True

@@ -1,0 +1,106 @@
+"""What a slate may hold: no item twice, and per request deny and allow lists; on for every request by default.
+
+A request changes it through `SamplingParams.extra_args` (`vllm_xargs` over HTTP):
+    deny_items: item ids that may not be chosen        allow_items: item ids that alone may be chosen
+    exclude_history: true = nothing of the prompt      allow_repeats: true = an item may come again
+Padding is no item: the model itself gives id 0 the logit -inf.
+"""
+
+# ruff: noqa: ARG002 — the signatures are vLLM's
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+LISTS, SWITCHES = ("deny_items", "allow_items"), ("exclude_history", "allow_repeats")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One request's rule. denied int64 [n]; forbidden bool [V + 1], what an allow list leaves out; chosen grows."""
+
+    denied: Tensor | None
+    forbidden: Tensor | None
+    chosen: list[int] | None
+
+
+class SlateConstraint(LogitsProcessor):  # type: ignore[misc]
+    """Forbidden items have the logit -inf before anything is chosen or any score is returned."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        self.num_tokens = vllm_config.model_config.get_vocab_size()
+        self.device = device
+        self.rules: dict[int, Rule] = {}
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """VLLMValidationError (400 over HTTP) when a constraint is not of the form above."""
+        args = sampling_params.extra_args or {}
+        for name in LISTS:
+            value = args.get(name)
+            if value is not None and not (
+                isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) and i > 0 for i in value)
+            ):
+                raise VLLMValidationError(f"{name} must be a list of item ids (1 and up)", parameter=name)
+        if args.get("allow_items") == []:
+            raise VLLMValidationError("allow_items allows no item", parameter="allow_items")
+        for name in SWITCHES:
+            if not isinstance(args.get(name, False), bool):
+                raise VLLMValidationError(f"{name} must be true or false", parameter=name)
+        if sampling_params.repetition_penalty != 1.0:
+            raise VLLMValidationError(
+                "repetition_penalty has no meaning for slates: no item comes twice", parameter="repetition_penalty"
+            )
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        process_dict_updates(self.rules, batch_update, self._rule)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        rows: list[int] = []
+        columns: list[int] = []
+        for row, rule in self.rules.items():
+            if rule.forbidden is not None:
+                logits[row].masked_fill_(rule.forbidden, -torch.inf)
+            if rule.denied is not None:
+                logits[row].index_fill_(0, rule.denied, -torch.inf)
+            if rule.chosen:
+                columns += rule.chosen
+                rows += [row] * len(rule.chosen)
+        if rows:
+            logits[torch.tensor(rows, device=logits.device), torch.tensor(columns, device=logits.device)] = -torch.inf
+        return logits
+
+    def _rule(self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> Rule | None:
+        args: dict[str, Any] = params.extra_args or {}
+        denied = list(args.get("deny_items") or ())
+        if args.get("exclude_history"):
+            if prompt_ids is None:
+                raise ValueError("exclude_history needs the items of the prompt beside its records")
+            denied += prompt_ids
+        forbidden = None
+        if args.get("allow_items") is not None:
+            forbidden = torch.ones(self.num_tokens, dtype=torch.bool, device=self.device)
+            forbidden[self._ids(args["allow_items"])] = False
+        return Rule(
+            denied=self._ids(denied) if denied else None,
+            forbidden=forbidden,
+            chosen=None if args.get("allow_repeats") else output_ids,
+        )
+
+    def _ids(self, items: list[int]) -> Tensor:
+        """The ids that exist; one that does not can neither be denied nor allowed."""
+        return torch.tensor(
+            [item for item in items if 0 < item < self.num_tokens], dtype=torch.int64, device=self.device
+        )

@@ -1,0 +1,105 @@
+"""One event as one input row for vLLM: bytes in the channels of a `prompt_embeds` row.
+
+A byte is a small whole number, exact in float32, float16 and bfloat16, so ids and 64-bit times survive any
+serving precision; the model looks the tables up itself. The row holds everything that the event's keys and
+values depend on besides the rows before it, the time of the event that follows included: vLLM's prefix
+cache is keyed on the row's content, and that makes it exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hstu.config import HSTUConfig
+from hstu.data.histories import Histories
+from hstu.errors import InputError
+
+_LAYOUT = np.dtype(
+    [("item", "<u4"), ("kind", "u1"), ("action", "<u2"), ("time", "<i8"), ("next_time", "<i8"), ("spare", "u1")]
+)
+RECORD_WIDTH = _LAYOUT.itemsize
+EVENT, TOKEN = 1, 0  # kinds: an event with its own times; a bare item id, which inherits the query time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Events:
+    """T decoded rows: item_ids, actions, times, next_times int64 [T]; has_times bool [T], False for bare items."""
+
+    item_ids: Tensor
+    actions: Tensor
+    times: Tensor
+    next_times: Tensor
+    has_times: Tensor
+
+
+def encode_records(
+    item_ids: npt.NDArray[np.int64],
+    actions: npt.NDArray[np.int64],
+    times: npt.NDArray[np.int64],
+    next_times: npt.NDArray[np.int64],
+    *,
+    width: int,
+) -> Tensor:
+    """Rows float32 [L, width] of L events, each [L]; channels past the record are 0."""
+    records = np.zeros(len(item_ids), dtype=_LAYOUT)
+    records["item"], records["kind"], records["action"] = item_ids, EVENT, actions
+    records["time"], records["next_time"] = times, next_times
+    rows = torch.zeros(len(item_ids), width)
+    rows[:, :RECORD_WIDTH] = torch.from_numpy(records.view(np.uint8).reshape(-1, RECORD_WIDTH)).float()
+    return rows
+
+
+def encode_items(item_ids: Tensor, *, width: int, dtype: torch.dtype) -> Tensor:
+    """Rows [T, width] of bare item ids [T]: generated items, and prompts given as tokens."""
+    rows = torch.zeros(len(item_ids), width, dtype=dtype, device=item_ids.device)
+    for byte in range(4):
+        rows[:, byte] = ((item_ids >> (8 * byte)) & 255).to(dtype)
+    return rows
+
+
+def decode_records(rows: Tensor) -> Events:
+    """The events of rows [T, >= RECORD_WIDTH]; whatever the values, every field is a number of its range."""
+    channels = rows[:, :RECORD_WIDTH].float().nan_to_num().clamp(0, 255).round().to(torch.int64)
+
+    def field(name: str) -> Tensor:
+        dtype, offset = _LAYOUT.fields[name][:2]  # type: ignore[index]
+        value = channels[:, offset]
+        for byte in range(1, dtype.itemsize):
+            value = value | (channels[:, offset + byte] << (8 * byte))  # the sign bit of an int64 falls into place
+        return value
+
+    return Events(
+        item_ids=field("item"),
+        actions=field("action"),
+        times=field("time"),
+        next_times=field("next_time"),
+        has_times=field("kind") == EVENT,
+    )
+
+
+def records_from_histories(histories: Histories, config: HSTUConfig) -> list[Tensor]:
+    """One prompt of rows float32 [length, width] a user; InputError when a history is empty or too long."""
+    lengths = histories.lengths
+    if len(lengths) and not (lengths.min() >= 1 and lengths.max() <= config.max_history):
+        wrong = int(np.argmax((lengths < 1) | (lengths > config.max_history)))
+        raise InputError(
+            f"history {wrong} cannot be served",
+            got=f"{lengths[wrong]} events",
+            expected=f"1..{config.max_history}",
+            fix="keep the newest events of a long history; answer a user without events by popularity",
+        )
+    query_time = histories.feeds(config, length=max(1, int(lengths.max(initial=0))))["query_time"]
+    width = max(config.embedding_dim, RECORD_WIDTH)
+    prompts = []
+    for row in range(len(histories)):
+        events = slice(int(histories.offsets[row]), int(histories.offsets[row + 1]))
+        times = histories.timestamps[events]
+        next_times = np.append(times[1:], query_time[row])
+        actions = histories.actions[events] if config.num_actions else np.zeros_like(times)
+        prompts.append(encode_records(histories.item_ids[events], actions, times, next_times, width=width))
+    return prompts

@@ -1,0 +1,161 @@
+"""vLLM in this process, on a bundle's model folder: user embeddings, retrieval and greedy slates.
+
+vLLM runs one kind of work in an engine: pooling (user embeddings) or generation (slates). Each engine is made
+when it is first asked for, so a process that only retrieves or only makes slates loads the weights once.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hstu.checkpoints.huggingface import WEIGHTS
+from hstu.config import HSTUConfig
+from hstu.data.histories import Histories
+from hstu.errors import ArtifactError, InputError
+from hstu.model import l2_normalize
+from serving.slate import check_slate
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+Array = npt.NDArray[Any]
+Runner = Literal["pooling", "generate"]
+
+# What this process sets for vLLM unless the user has set it: everything in this process and on this machine.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs here, without a second process
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the slate constraint is a logits processor of the first runner
+    "VLLM_CACHE_ROOT": str(Path(tempfile.gettempdir()) / "hstu-vllm-cache"),
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+class VllmRuntime:
+    """Answers histories from the folder's weights through vLLM; equal to eager PyTorch within float32 rounding."""
+
+    def __init__(
+        self,
+        model_folder: Path,
+        *,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        max_batch: int = 64,
+        kv_cache_mib: int = 512,
+        **engine_options: Any,
+    ) -> None:
+        """`max_batch` requests run at once; the pages of all take `kv_cache_mib`; other options go to `vllm.LLM`."""
+        self.folder = model_folder
+        self.config = HSTUConfig.from_pretrained(model_folder)
+        for name in (WEIGHTS, "tokenizer.json"):
+            if not (model_folder / name).is_file():
+                raise ArtifactError(
+                    f"{model_folder}: there is no {name}", expected="a bundle's model folder", fix="run bundle again"
+                )
+        self._options: dict[str, Any] = {
+            "dtype": dtype,
+            "max_num_seqs": max_batch,
+            "kv_cache_memory_bytes": kv_cache_mib << 20,
+            "enforce_eager": True,
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+        } | engine_options
+        self._engines: dict[Runner, LLM] = {}
+        self._items: torch.Tensor | None = None
+
+    def embed(self, histories: Histories) -> Array:
+        """User embeddings float32 [B, D], L2 norm 1."""
+        if not len(histories):
+            return np.zeros((0, self.config.embedding_dim), dtype=np.float32)
+        outputs = self._engine("pooling").encode(self._prompts(histories), pooling_task="embed", use_tqdm=False)
+        return torch.stack([output.outputs.data for output in outputs]).numpy()  # type: ignore[no-any-return]
+
+    def retrieve(self, histories: Histories, k: int) -> tuple[Array, Array, Array]:
+        """User embeddings float32 [B, D], the best `k` item ids int64 [B, k] of all items, their cosines [B, k]."""
+        if not 1 <= k <= self.config.num_items:
+            raise InputError("that many items cannot be retrieved", got=k, expected=f"1..{self.config.num_items}")
+        embeddings = self.embed(histories)
+        scores, columns = (torch.from_numpy(embeddings) @ self._item_table().T).topk(k)
+        return embeddings, (columns + 1).numpy(), scores.numpy()
+
+    def top_k(self, histories: Histories, k: int) -> tuple[Array, Array]:
+        """The best `k` item ids int64 [B, k] of all items and their cosines float32 [B, k], best first."""
+        return self.retrieve(histories, k)[1:]
+
+    def greedy_slates(
+        self, histories: Histories, num_items: int, *, exclude_history: bool = False, no_repeats: bool = True
+    ) -> tuple[Array, Array]:
+        """Item ids int64 [B, n] and cosines float32 [B, n]; as `serving.slate.greedy_slate`, which defines them."""
+        from vllm import SamplingParams
+
+        if not len(histories):
+            return np.zeros((0, num_items), dtype=np.int64), np.zeros((0, num_items), dtype=np.float32)
+        config = self.config
+        seen = [set(ids.tolist()) for ids in np.split(histories.item_ids, histories.offsets[1:-1])]
+        most_forbidden = max(map(len, seen)) if exclude_history else 0
+        check_slate(config.num_items, config.max_generated, num_items, most_forbidden, no_repeats=no_repeats)
+        sampling = SamplingParams(
+            temperature=0.0,
+            max_tokens=num_items,
+            logprobs=0,
+            detokenize=False,
+            ignore_eos=True,
+            extra_args={"exclude_history": exclude_history, "allow_repeats": not no_repeats},
+        )
+        engine, prompts = self._engine("generate"), self._prompts(histories)
+        # vLLM ranks the chosen item by a function under torch.compile: seconds of C++ compiling for one comparison.
+        with torch.compiler.set_stance("force_eager"):
+            outputs = engine.generate(prompts, sampling, use_tqdm=False)
+        slates = [output.outputs[0] for output in outputs]
+        ids = np.array([slate.token_ids for slate in slates], dtype=np.int64)
+        scores = [[step[item].logprob for item, step in zip(s.token_ids, s.logprobs, strict=True)] for s in slates]
+        return ids, np.array(scores, dtype=np.float32)
+
+    def close(self) -> None:
+        """Release the engines' memory; the runtime must not be used after."""
+        for engine in self._engines.values():
+            engine.llm_engine.engine_core.shutdown()
+        self._engines.clear()
+        gc.collect()
+
+    def _engine(self, runner: Runner) -> LLM:
+        if runner not in self._engines:
+            for name, value in ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
+            from vllm import LLM
+
+            # vLLM's CPU worker replaces this function for the whole process; other runtimes here still need it.
+            set_num_threads = torch.set_num_threads
+            options = self._options | ({"logprobs_mode": "processed_logits"} if runner == "generate" else {})
+            try:
+                self._engines[runner] = LLM(str(self.folder), runner=runner, **options)
+            finally:
+                torch.set_num_threads = set_num_threads
+        return self._engines[runner]
+
+    def _prompts(self, histories: Histories) -> list[dict[str, Any]]:
+        from serving.vllm_plugin.records import records_from_histories
+
+        items = np.split(histories.item_ids, histories.offsets[1:-1])
+        return [
+            # The ids beside the records are for the constraint alone; none of them is run through the model.
+            {"prompt_embeds": rows, "prompt_token_ids": ids.tolist(), "prompt_is_token_ids": [False] * len(ids)}
+            for rows, ids in zip(records_from_histories(histories, self.config), items, strict=True)
+        ]
+
+    def _item_table(self) -> torch.Tensor:
+        """Normalised embeddings float32 [num_items, D] of the real items."""
+        if self._items is None:
+            from safetensors import safe_open
+
+            with safe_open(self.folder / WEIGHTS, framework="pt") as weights:
+                self._items = l2_normalize(weights.get_tensor("item_embedding.weight")[1:].float())
+        return self._items
