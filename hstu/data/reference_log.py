@@ -1,31 +1,34 @@
 """A reference log drawn from a documented process, with structure that takes a long memory to predict.
 
-World. Items fill a grid of clusters × styles; every cell is a series with an order. Cluster popularity
-falls as 1/rank. Neighbouring clusters (c ± 1, on a ring) are related. A cluster has a price level, an item
-a quality.
+World. Items fill a grid of clusters × styles; a cell of about ten items is a series with an order. Cluster
+popularity falls as rank^-0.8, item popularity as 1/rank. Clusters stand on a ring, neighbours are related.
+A cluster has a price level, an item a quality.
 
-User. One style (skewed), four favourite clusters with weights 0.5, 0.25, 0.15, 0.1, a place in every
-series, and three traits: enthusiasm, loyalty, budget. Nothing names them: they show in the history alone.
+User. One style (skewed), four favourite clusters (half of the time the second is related to the first), a
+place in every series, and three traits: enthusiasm, loyalty, budget. No id or column names them: they show
+in the history alone, so they can be read off users who were never trained on.
 
-Session. Two threads, A and B, are open. What the user does next depends on the last action and on the gap:
-- within a session (minutes) the last action decides. After a like or a purchase the thread goes on (0.85),
-  after a click it goes on or gives way to the other thread (about half each), after a mere view it mostly
-  gives way (0.75). "The other thread" is a matter of what came some events before, not of the last item;
+Session. Two threads (clusters), A and B, are open. What the user does next depends on the last action and
+on the gap before:
+- within a session (minutes) a thread goes on after a like or a purchase (0.45), less after a click (0.15)
+  and hardly after a view (0.05); else the other thread has its turn, where it was left some events ago;
 - after a short absence (up to three days) the user resumes thread A of the last session;
-- after a long absence the user is back at the first favourite, where that series was left;
-- now and then (0.06; 0.2 after an absence) the user repeats the item last liked or bought;
-- now and then (0.05; 0.15 after a view) the user explores an item by global popularity. If that engages,
-  its cluster becomes the new thread B and the last favourite: interests drift.
+- after a long absence the user is back at the first favourite; either way B is drawn anew from the four
+  favourites (weights 0.5, 0.25, 0.15, 0.1);
+- now and then (0.08; 0.2 after an absence) the user repeats one of three items liked or bought before;
+- now and then (0.03 to 0.15, most after a view) the user explores an item by global popularity. If that
+  engages, its cluster becomes thread B and the last of the favourites: interests drift.
 
-Item. Within a thread the cell of (cluster, own style; 0.08: another style) is walked in its order: the next
-item (0.65), the one after (0.15), or any other of the cell.
+Series. Within a thread the cell of (cluster, own style; 0.08: any style) is walked: the next item (0.4), the
+one after (0.15), or any of the cell, early ones first (density falling as the root of the place).
 
-Outcomes, each a Bernoulli draw with logit linear in: style match, favourite, the item's quality, and
-- engagement: enthusiasm; it makes dwell at least 30 s and the action click or like;
-- monetisation: budget minus the log of the price, given engagement; it makes the action purchase;
-- retention: loyalty and engagement; it decides whether the next absence is a day or a week.
+Outcomes are Bernoulli draws. With appeal = 1.6 · style match + 0.8 · favourite cluster + quality of the item,
+- engagement ~ appeal + 0.8 enthusiasm - 1.7; it makes the dwell at least 30 s and the action click or like;
+- monetisation ~ 0.6 appeal + 1.3 budget - 1.2 (log price - 3) - 1.8, given engagement; the action is purchase;
+- retention ~ 1.4 loyalty + 0.5 appeal + 0.8 engagement - 1.2; the next absence is then about a day, else a week.
 
-Everything is drawn from one seeded generator, one step of all users at a time.
+Everything is drawn from one seeded generator, one step of all users at a time. A first-order model sees the
+thread of the last item only; which thread comes next, the style and the traits are matters of longer context.
 """
 
 from __future__ import annotations
@@ -43,13 +46,13 @@ VIEW, CLICK, LIKE, PURCHASE = 1, 2, 3, 4
 ENGAGED_DWELL_S = 30
 MIN_ITEMS = 100
 _MAX_EVENTS_PER_USER, _MIN_EVENTS_PER_USER = 160, 6
-_STYLES, _CELL_ITEMS, _FAVOURITES = 5, 10, 4
+_STYLES, _CELL_ITEMS, _FAVOURITES, _DEAR = 5, 10, 4, 3
 _FAVOURITE_WEIGHTS = np.array([0.5, 0.25, 0.15, 0.1])
 _START = 1_735_689_600  # 2025-01-01
 _DAY = 86_400
 _SESSION_ENDS = 0.22
 _LONG_ABSENCE_S = 3 * _DAY
-_CONTINUES = np.array([0.0, 0.15, 0.5, 0.85, 0.85])  # probability that the thread goes on, by last action
+_CONTINUES = np.array([0.0, 0.05, 0.15, 0.45, 0.45])  # probability that the thread goes on, by last action
 _EXPLORES = np.array([0.0, 0.15, 0.05, 0.03, 0.03])
 
 Rng = np.random.Generator
@@ -150,7 +153,7 @@ class _Simulation:
         self.progress = rng.geometric(0.25, (num_users, world.num_clusters)) - 2  # where the series was left
         self.thread_a, self.thread_b = self.favourites[:, 0].copy(), self.favourites[:, 1].copy()
         self.current = self.thread_a.copy()
-        self.dear = np.full(num_users, -1)  # the item last liked or bought
+        self.dear = np.full((num_users, _DEAR), -1)  # the items last liked or bought, in turns
         self.action = np.full(num_users, VIEW)
         self.retained = np.ones(num_users, dtype=bool)
         self.time = _START + rng.integers(0, 60 * _DAY, num_users)
@@ -194,9 +197,10 @@ class _Simulation:
         goes_on = self._draw() < _CONTINUES[self.action]
         self.current = np.where(away, self.thread_a, np.where(goes_on, self.current, other))
         item = self._walk_series()
-        repeats = (self._draw() < np.where(away, 0.2, 0.06)) & (self.dear >= 0)
+        dear = self.dear[self.rows, self.rng.integers(0, _DEAR, self.num_users)]
+        repeats = (self._draw() < np.where(away, 0.2, 0.08)) & (dear >= 0)
         explores = ~repeats & (self._draw() < np.where(away, 0.05, _EXPLORES[self.action]))
-        item = np.where(repeats, self.dear, item)
+        item = np.where(repeats, dear, item)
         explored = self.rng.choice(len(self.world.cell_of), self.num_users, p=self.world.item_popularity)
         return np.where(explores, explored, item)
 
@@ -215,9 +219,8 @@ class _Simulation:
         size = self.world.size[cell]
         place, how = self.progress[self.rows, self.current], self._draw()
         jump = (self._draw() ** 2 * size).astype(np.int64)
-        place = np.where(how < 0.65, place + 1, np.where(how < 0.8, place + 2, jump)) % size
-        self._place = place
-        return self.world.first[cell] + place
+        place = np.where(how < 0.4, place + 1, np.where(how < 0.55, place + 2, jump)) % size
+        return np.asarray(self.world.first[cell] + place, dtype=np.int64)
 
     def _react(self, item: Int64s) -> Int64s:
         """Outcomes int64 [users, 3] of seeing `item`; action, dwell, threads and interests follow."""
@@ -241,13 +244,14 @@ class _Simulation:
         self.favourites[:, -1] = np.where(new, cluster, self.favourites[:, -1])
         self.thread_b = np.where(new, cluster, self.thread_b)
         self.current = np.where(new, cluster, self.current)
-        self.dear = np.where(self.action >= LIKE, item, self.dear)
+        liked = np.flatnonzero(self.action >= LIKE)
+        self.dear[liked, self.rng.integers(0, _DEAR, len(liked))] = item[liked]
         return np.stack([engaged, self.retained, paid], axis=1).astype(np.int64)
 
 
-def _sigmoid(x: Float64s) -> Float64s:
-    return 1.0 / (1.0 + np.exp(-x))
+def _sigmoid(x: npt.NDArray[np.floating]) -> Float64s:
+    return np.asarray(1.0 / (1.0 + np.exp(-x)), dtype=np.float64)
 
 
-def _normalised(weights: Float64s) -> Float64s:
-    return weights / weights.sum()
+def _normalised(weights: npt.NDArray[np.floating]) -> Float64s:
+    return np.asarray(weights / weights.sum(), dtype=np.float64)
