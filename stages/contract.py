@@ -116,7 +116,7 @@ def execute(stage: Stage, workspace: Workspace, *, overrides: Mapping[str, Any] 
             artifact = write_manifest(
                 temporary,
                 stage=stage.name,
-                params=dataclasses.asdict(params),
+                params=recorded(params),
                 inputs={need: artifact.id for need, artifact in inputs.items()},
                 toolchain=toolchain,
                 platform=outcome.platform,
@@ -126,6 +126,18 @@ def execute(stage: Stage, workspace: Workspace, *, overrides: Mapping[str, Any] 
         if stage.publish is not None:
             stage.publish(artifact, workspace)
     return artifact
+
+
+def recorded(params: Any) -> dict[str, Any]:
+    """The parameters as the manifest names them; of a field with metadata {"path": True}, the file's name alone.
+
+    Where a file lay on this machine must not change the artifact; what was in it does.
+    """
+    values = dataclasses.asdict(params)
+    for field_ in dataclasses.fields(params):
+        if field_.metadata.get("path") and values[field_.name] is not None:
+            values[field_.name] = Path(values[field_.name]).name
+    return values
 
 
 def installed_version(distribution: str) -> str:
