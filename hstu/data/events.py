@@ -10,6 +10,7 @@ import numpy.typing as npt
 from hstu.data.histories import Int64s
 
 Float64s = npt.NDArray[np.float64]
+Outcomes = npt.NDArray[np.int8]  # [T, tasks], in the order of hstu.config.TASKS: 1, 0, -1 = not known
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,8 +19,7 @@ class EventLog:
 
     users, items: int64 [T], codes into `user_ids` and `item_ids`, the raw ids as strings;
     actions: int64 [T], k stands for `action_names[k - 1]`, 0 = the log has no actions;
-    timestamps: int64 [T], seconds since 1970, at least 1; dwell_s, price: float64 [T], NaN = not known;
-    outcomes: int8 [T, tasks] when the source itself knows them, else None and they are derived by rule.
+    timestamps: int64 [T], seconds since 1970, at least 1; dwell_s, price: float64 [T], NaN = not known.
     """
 
     users: Int64s
@@ -31,7 +31,6 @@ class EventLog:
     user_ids: tuple[str, ...]
     item_ids: tuple[str, ...]
     action_names: tuple[str, ...]
-    outcomes: npt.NDArray[np.int8] | None = None
 
     def __len__(self) -> int:
         return len(self.users)

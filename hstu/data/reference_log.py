@@ -38,13 +38,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hstu.data.events import EventLog, Float64s
+from hstu.data.events import EventLog, Float64s, Outcomes
 from hstu.data.histories import Int64s
 
 ACTION_NAMES = ("view", "click", "like", "purchase")
 VIEW, CLICK, LIKE, PURCHASE = 1, 2, 3, 4
 ENGAGED_DWELL_S = 30
-MIN_ITEMS = 100
 _MAX_EVENTS_PER_USER, _MIN_EVENTS_PER_USER = 160, 6
 _STYLES, _CELL_ITEMS, _FAVOURITES, _DEAR = 5, 10, 4, 3
 _FAVOURITE_WEIGHTS = np.array([0.5, 0.25, 0.15, 0.1])
@@ -73,8 +72,8 @@ class _World:
     price: Float64s  # [items]
 
 
-def reference_log(*, num_users: int, num_items: int, events_per_user: int, seed: int) -> EventLog:
-    """The log of `num_users` users over `num_items` items, the same for the same arguments."""
+def reference_log(*, num_users: int, num_items: int, events_per_user: int, seed: int) -> tuple[EventLog, Outcomes]:
+    """The log of `num_users` users over `num_items` items and its outcomes, the same for the same arguments."""
     rng = np.random.Generator(np.random.PCG64(seed))
     world = _draw_world(rng, num_items)
     num_events = np.clip(
@@ -94,7 +93,7 @@ def reference_log(*, num_users: int, num_items: int, events_per_user: int, seed:
     order = np.argsort(names)
     code_of = np.argsort(order)
     items = rows(steps.items)
-    return EventLog(
+    log = EventLog(
         users=rows(users).astype(np.int64),
         items=code_of[items].astype(np.int64),
         actions=rows(steps.actions).astype(np.int64),
@@ -104,8 +103,8 @@ def reference_log(*, num_users: int, num_items: int, events_per_user: int, seed:
         user_ids=tuple(f"user-{user:05d}" for user in range(num_users)),
         item_ids=tuple(names[order].tolist()),
         action_names=ACTION_NAMES,
-        outcomes=rows(steps.outcomes).astype(np.int8),
     )
+    return log, rows(steps.outcomes).astype(np.int8)
 
 
 def _draw_world(rng: Rng, num_items: int) -> _World:

@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from hstu.config import TASKS
-from hstu.data.events import EventLog
+from hstu.data.events import EventLog, Outcomes
 from hstu.data.histories import Histories, Int64s
 from hstu.data.vocabulary import Vocabulary
 from hstu.errors import InputError
-
-Outcomes = npt.NDArray[np.int8]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -56,8 +56,8 @@ class Vocabulary:
         if not self.raw_items:
             return self._ids.get(str(raw), 0)
         text = str(raw)
-        known = text.isascii() and text.isdigit() and text == str(int(text)) and int(text) <= self.raw_items
-        return int(text) if known else 0
+        plain = text.isascii() and text.isdigit() and text[0] != "0" and len(text) <= len(str(self.raw_items))
+        return int(text) if plain and int(text) <= self.raw_items else 0
 
     def encode_items(self, raw: Iterable[str | int]) -> Int64s:
         """Model ids int64 [T] of raw ids, 0 where one is not known."""
@@ -83,11 +83,11 @@ class Vocabulary:
         """What `save` wrote; ArtifactError when it is not that."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(
-                items=tuple(values.get("items", ())),
-                actions=tuple(values["actions"]),
-                raw_items=values.get("raw_items", 0),
-            )
+            items, actions, raw_items = values.get("items", []), values["actions"], values.get("raw_items", 0)
+            lists = isinstance(items, list) and isinstance(actions, list)
+            if not lists or type(raw_items) is not int or not all(isinstance(name, str) for name in items + actions):
+                raise TypeError("a value of another type")
+            return cls(items=tuple(items), actions=tuple(actions), raw_items=raw_items)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, InputError) as error:
             raise ArtifactError(
                 f"{path}: not a vocabulary ({error})",
