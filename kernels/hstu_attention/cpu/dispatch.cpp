@@ -1,0 +1,181 @@
+// The exported C functions: choose the instruction set, lend threads and memory, check the call.
+// Compiled for any x86-64; only here stands a library (TBB), so that no wide instruction leaks out of the kernels.
+#include <tbb/parallel_for.h>
+#include <tbb/task_arena.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "abi.h"
+
+namespace {
+
+using hstu::Call;
+
+constexpr int32_t kVersion = 1;
+
+void serial(int64_t count, void (*body)(void*, int64_t), void* context) {
+    for (int64_t i = 0; i < count; ++i) body(context, i);
+}
+
+// Items are taken in order, so the longest, which come first, do not end up last. Isolated: a thread that waits
+// here takes no work of another call, whose scratch it would share.
+void threaded(int64_t count, void (*body)(void*, int64_t), void* context) {
+    const int64_t workers = std::min<int64_t>(count, tbb::this_task_arena::max_concurrency());
+    if (workers <= 1) return serial(count, body, context);
+    std::atomic<int64_t> next{0};
+    const auto work = [&](int64_t) {
+        for (int64_t i = next++; i < count; i = next++) body(context, i);
+    };
+    tbb::this_task_arena::isolate([&] {
+        tbb::parallel_for(int64_t{0}, workers, int64_t{1}, work, tbb::simple_partitioner{});
+    });
+}
+
+struct Memory {
+    void* data = nullptr;
+    int64_t bytes = 0;
+    void reserve(int64_t wanted) {
+        if (wanted <= bytes) return;
+        std::free(data);
+        bytes = (wanted + 4095) / 4096 * 4096;
+        data = std::aligned_alloc(64, static_cast<size_t>(bytes));
+        if (data == nullptr) std::abort();  // out of memory: as malloc's callers everywhere in this process
+    }
+};
+
+struct Local : Memory {
+    ~Local() { std::free(data); }
+};
+
+void* local(int64_t bytes) {
+    thread_local Local memory;
+    memory.reserve(bytes);
+    return memory.data;
+}
+
+// Shared scratch is kept between calls: fresh pages would cost more than some layers.
+std::mutex pool_lock;
+std::vector<Memory> pool, in_use;
+
+void* acquire(int64_t bytes) {
+    const std::lock_guard<std::mutex> guard(pool_lock);
+    Memory memory;
+    if (!pool.empty()) {
+        memory = pool.back();
+        pool.pop_back();
+    }
+    memory.reserve(bytes > 0 ? bytes : 1);
+    in_use.push_back(memory);
+    return memory.data;
+}
+
+void release(void* data) {
+    const std::lock_guard<std::mutex> guard(pool_lock);
+    for (auto& memory : in_use) {
+        if (memory.data != data) continue;
+        pool.push_back(memory);
+        std::swap(memory, in_use.back());
+        in_use.pop_back();
+        return;
+    }
+}
+
+const char* const kNames[] = {"avx2", "avx512", "avx512_bf16"};
+const hstu::Kernel kKernels[] = {hstu::attention_avx2, hstu::attention_avx512, hstu::attention_avx512_bf16};
+
+// The widest set this CPU and system have: -1 none, 0 AVX2 + FMA, 1 AVX-512 F BW DQ VL, 2 and BF16.
+int widest() {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return -1;
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (!wide) return 0;
+    return __builtin_cpu_supports("avx512bf16") ? 2 : 1;
+}
+
+std::atomic<int> chosen{widest()};
+
+const char* check(const Call& c) {
+    if (c.batch < 0 || c.queries < 0 || c.prefix_rows < 0) return "a size is negative";
+    if (c.heads < 1 || c.qk_dim < 1 || c.v_dim < 1 || c.max_length < 1) return "a dimension is not positive";
+    if (c.bucket_type != hstu::kNoBuckets && (!c.buckets || !c.time_bias)) return "buckets without their table";
+    if (c.candidates && !c.positions) return "candidates without positions";
+    if (c.candidates && c.bucket_type != hstu::kNoBuckets && !c.own_buckets) return "candidates without own buckets";
+    for (int64_t b = 0; b < c.batch; ++b) {
+        const int64_t rows = c.lengths ? c.lengths[b] : c.queries, prefix = c.prefix_lengths ? c.prefix_lengths[b] : 0;
+        if (rows < 0 || rows > c.queries) return "a length is outside 0..queries";
+        if (prefix < 0 || prefix > c.prefix_rows) return "a prefix length is outside 0..prefix_rows";
+        if (prefix + (c.candidates ? 0 : rows) > c.max_length) return "a history is longer than max_length";
+        for (int64_t i = 0; c.candidates && i < rows; ++i) {
+            const int64_t position = c.positions[b * c.position_batch_stride + i * c.position_row_stride];
+            if (position < 0 || position > prefix || position >= c.max_length) return "a position is outside the prefix";
+        }
+    }
+    return nullptr;
+}
+
+// THRESHOLDS of hstu/time_buckets.py, between 0 and infinity: set by the caller, so that one table exists.
+struct Edges {
+    const int64_t* lower;  // [129], lower[b] <= dt < lower[b + 1] is bucket b; lower[0] = 0
+    uint8_t of(uint64_t dt, uint8_t guess) const {
+        while (guess > 0 && dt < static_cast<uint64_t>(lower[guess])) --guess;
+        while (guess < 128 && dt >= static_cast<uint64_t>(lower[guess + 1])) ++guess;
+        return guess;
+    }
+};
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int32_t hstu_attention_version() { return kVersion; }
+EXPORT int64_t hstu_attention_call_bytes() { return sizeof(Call); }
+
+// The instruction set in use, or "" when this CPU has not even AVX2.
+EXPORT const char* hstu_attention_isa() { return chosen < 0 ? "" : kNames[chosen]; }
+
+// Use at most the set of this name; 0 when it is not one of them or the CPU lacks it.
+EXPORT int32_t hstu_attention_limit_isa(const char* name) {
+    for (int i = 0; i <= widest(); ++i) {
+        if (std::strcmp(name, kNames[i]) != 0) continue;
+        chosen = i;
+        return 1;
+    }
+    return 0;
+}
+
+// The answer stands at call->out and null is returned, or a message that says why nothing was done.
+EXPORT const char* hstu_attention(const Call* call) {
+    if (const char* error = check(*call)) return error;
+    if (chosen < 0) return "this CPU lacks AVX2 and FMA";
+    const hstu::Runtime runtime{call->threaded ? threaded : serial, local, acquire, release};
+    kKernels[chosen](*call, runtime);
+    return nullptr;
+}
+
+// out[b, i, t] = bucket of |from[b, i] - to[b, t]| for t < seen (causal: t <= i), 0 elsewhere. All contiguous.
+EXPORT void hstu_time_buckets(const int64_t* from, const int64_t* to, int64_t batch, int64_t rows, int64_t keys,
+                              int32_t causal, const int64_t* lower, uint8_t* out, int32_t parallel) {
+    const Edges edges{lower};
+    const auto body = [=](int64_t item) {
+        const int64_t b = item / rows, i = item % rows, seen = causal ? std::min(i + 1, keys) : keys;
+        const uint64_t start = static_cast<uint64_t>(from[item]);
+        const int64_t* ends = to + b * keys;
+        uint8_t* row = out + item * keys;
+        uint8_t bucket = 0;
+        for (int64_t t = 0; t < seen; ++t) {  // neighbours mostly share a bucket
+            const uint64_t dt = from[item] >= ends[t] ? start - static_cast<uint64_t>(ends[t]) : static_cast<uint64_t>(ends[t]) - start;
+            row[t] = bucket = edges.of(dt, bucket);
+        }
+        std::memset(row + seen, 0, static_cast<size_t>(keys - seen));
+    };
+    (parallel ? threaded : serial)(batch * rows, [](void* f, int64_t i) { (*static_cast<const decltype(body)*>(f))(i); },
+                                   const_cast<void*>(static_cast<const void*>(&body)));
+}
