@@ -6,9 +6,9 @@ when it is first asked for, so a process that only retrieves or only makes slate
 
 from __future__ import annotations
 
-import gc
 import os
 import tempfile
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,6 +40,30 @@ ENVIRONMENT = {
 }
 
 
+# The engines of this process: in use, and emptied but kept because others are in use. vLLM has one set of process
+# groups in a process, and an engine that goes, by shutdown or as garbage, ends them for all.
+_in_use: list[LLM] = []
+_emptied: list[LLM] = []
+
+
+def _close(engines: dict[Runner, LLM]) -> None:
+    """Free the engines' weights and pages; what engines share goes with the last engine of the process."""
+    from vllm.v1.engine.core_client import InprocClient
+
+    for engine in engines.values():
+        _in_use.remove(engine)
+        client = engine.llm_engine.engine_core
+        if isinstance(client, InprocClient):
+            client.engine_core.model_executor.shutdown()
+            _emptied.append(engine)
+        else:
+            client.shutdown()
+    engines.clear()
+    if not _in_use:
+        while _emptied:
+            _emptied.pop().llm_engine.engine_core.shutdown()
+
+
 class VllmRuntime:
     """Answers histories from the folder's weights through vLLM; equal to eager PyTorch within float32 rounding."""
 
@@ -69,6 +93,7 @@ class VllmRuntime:
             "use_tqdm_on_load": False,
         } | engine_options
         self._engines: dict[Runner, LLM] = {}
+        self._finalizer = weakref.finalize(self, _close, self._engines)
         self._items: torch.Tensor | None = None
 
     def embed(self, histories: Histories) -> Array:
@@ -121,10 +146,7 @@ class VllmRuntime:
 
     def close(self) -> None:
         """Release the engines' memory; the runtime must not be used after."""
-        for engine in self._engines.values():
-            engine.llm_engine.engine_core.shutdown()
-        self._engines.clear()
-        gc.collect()
+        self._finalizer()
 
     def _engine(self, runner: Runner) -> LLM:
         if runner not in self._engines:
@@ -137,6 +159,7 @@ class VllmRuntime:
             options = self._options | ({"logprobs_mode": "processed_logits"} if runner == "generate" else {})
             try:
                 self._engines[runner] = LLM(str(self.folder), runner=runner, **options)
+                _in_use.append(self._engines[runner])
             finally:
                 torch.set_num_threads = set_num_threads
         return self._engines[runner]
