@@ -54,5 +54,8 @@ lock: ## recompile locks/*.txt from locks/*.in
 	.venv/bin/uv pip compile locks/cpu.in --overrides locks/overrides.txt $(UV_FLAGS) --python-version 3.11 \
 	  --no-header --no-annotate --output-file locks/cpu.txt
 
+docs: environment ## regenerate docs/CLI.md
+	python cli.py reference > docs/CLI.md
+
 clean:
 	rm -rf artifacts .venv

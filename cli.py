@@ -106,7 +106,10 @@ def main_options(
 ) -> None:
     """Compile HSTU recommenders: checkpoint → ONNX → surgery → engines → bundle → benchmark."""
     context.obj = Settings()
-    _merge(context.obj, dict(params_=params_, artifacts_=artifacts_, reports_=reports_, set_=set_, json_=json_))
+    _merge(
+        context.obj,
+        {"params_": params_, "artifacts_": artifacts_, "reports_": reports_, "set_": set_, "json_": json_},
+    )
 
 
 def command(name: str, *, panel: str = "Use") -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -295,6 +298,14 @@ def doctor(settings: Settings) -> None:
 
     facts = examine()
     settings.show(facts, render(facts))
+
+
+@command("reference")
+def reference(settings: Settings) -> None:
+    """Print this reference in Markdown (docs/CLI.md)."""
+    from stages.cli_reference import render_reference
+
+    print(render_reference(typer.main.get_command(app)), end="")  # type: ignore[arg-type]
 
 
 def main() -> None:
