@@ -30,19 +30,17 @@ THRESHOLDS: tuple[int, ...] = (
 # fmt: on
 
 
-_LOWER = (0, *THRESHOLDS)  # _LOWER[b] <= dt < _UPPER[b] holds for exactly the bucket b
-_UPPER = (*THRESHOLDS, 2**63 - 1)
+_MARGIN = 1e-3  # of a bucket's width: far above the error of any float32 logarithm, far below 1
 
 
 def time_buckets(dt: torch.Tensor) -> torch.Tensor:
     """Bucket of each time difference: int64 of any shape in, int64 0..128 of the same shape out.
 
-    A float32 logarithm guesses the bucket (it is off by one at most, at an edge) and two integer
-    comparisons put it right, so the answer does not depend on the logarithm and the graph stays
-    exportable with standard ONNX operators.
+    A float32 logarithm, taken a little too low, guesses the bucket or the one below it (so 127 at most), and
+    one comparison of integers tells which: the answer does not depend on whose logarithm it was, and the
+    graph stays exportable with standard ONNX operators.
     """
     dt = dt.abs()
-    lower = torch.tensor(_LOWER, dtype=torch.int64, device=dt.device)
-    upper = torch.tensor(_UPPER, dtype=torch.int64, device=dt.device)
-    guess = (torch.log(dt.float().clamp(min=1.0)) / 0.301).long().clamp(0, len(THRESHOLDS))
-    return guess + (dt >= upper[guess]).long() - (dt < lower[guess]).long()
+    next_bucket = torch.tensor(THRESHOLDS, dtype=torch.int64, device=dt.device)
+    guess = (torch.log(dt.float().clamp(1.0, float(THRESHOLDS[-1]))) / 0.301 - _MARGIN).long()
+    return guess + (dt >= next_bucket[guess]).long()
