@@ -119,16 +119,17 @@ def clean_events(
 
 def _seconds(column: Any, unit: str) -> tuple[Int64s, Bools]:
     """int64 seconds, 0 where there is no usable time; and which ones are beyond any time in this unit."""
-    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
-        column = pc.floor_temporal(column.cast(pa.timestamp("us")), unit="second").cast(pa.timestamp("s"))
+    if pa.types.is_timestamp(column.type):  # counts from 1970 in UTC, whatever zone it is shown in
         seconds = _to_numpy(column.cast(pa.int64()), fill=0)
-        per_second = 1
+        per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[column.type.unit]
+    elif pa.types.is_date(column.type):
+        seconds, per_second = _to_numpy(column.cast(pa.date64()).cast(pa.int64()), fill=0), 1000
     else:
         if pa.types.is_floating(column.type):
             usable = pc.fill_null(pc.and_(pc.is_finite(column), pc.less(pc.abs(column), 1e18)), False)
             whole = pc.floor(column)
         elif pa.types.is_integer(column.type):
-            usable, whole = pc.and_(pc.is_valid(column), pc.less(column, 10**18)), column
+            usable, whole = pc.fill_null(pc.less(column.cast(pa.float64(), safe=False), 1e18), False), column
         else:
             usable = pc.fill_null(pc.match_substring_regex(column, _INTEGER), False)
             whole = pc.replace_substring_regex(pc.utf8_trim_whitespace(column), r"\.\d*$", "")

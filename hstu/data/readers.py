@@ -64,7 +64,7 @@ def read_jsonl(path: Path, columns: Columns) -> RawEvents:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = _object(json.loads(line))
                 texts = {column: _text(row[name]) for column, name in names.items() if name in row}
             except (ValueError, TypeError, RecursionError):  # not JSON, not an object, or no value of ours
                 unparsable += 1
@@ -218,6 +218,12 @@ def _names(columns: Columns) -> dict[str, str]:
     """Our name of each column → its name in the file."""
     pairs = {field.name: getattr(columns, field.name) for field in fields(Columns)}
     return {ours: name for ours, name in pairs.items() if name}
+
+
+def _object(value: object) -> Mapping[str, object]:
+    if not isinstance(value, dict):
+        raise TypeError("not a JSON object")
+    return value
 
 
 def _text(value: object) -> str | None:
