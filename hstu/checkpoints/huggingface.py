@@ -39,12 +39,13 @@ def load_pretrained(folder: Path) -> HSTU:
     """
     config = HSTUConfig.from_pretrained(folder)
     weights: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         weights |= _load(path)
     return model_from_weights(config, weights, source=str(folder))
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights; InputError when the index of several cannot be read."""
     index = folder / WEIGHTS_INDEX
     if (folder / WEIGHTS).is_file() or not index.is_file():
         return [folder / WEIGHTS]
