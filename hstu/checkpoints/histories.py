@@ -20,15 +20,17 @@ _SESSION_ENDS = 0.2  # probability that the next event belongs to another sessio
 _REPEATS = 0.15  # probability that an item is one the user already had
 
 
-def drawn_histories(config: HSTUConfig, *, count: int, seed: int) -> Histories:
+def drawn_histories(config: HSTUConfig, *, count: int, seed: int, lengths: Int64s | None = None) -> Histories:
     """Histories of a model's own items, the same for the same arguments; no targets are known.
 
     Item popularity falls as 1/rank (Zipf), with a random item at each rank; times are seconds, events minutes
-    apart in a session and days apart between sessions; every length from 1 to max_history is as likely, and
-    the longest and the shortest are among them; every history has a query time.
+    apart in a session and days apart between sessions; every history has a query time. Unless `lengths` int64
+    [count] are given, every length from 1 to max_history is as likely, and the longest and the shortest are
+    among them.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
-    lengths = np.concatenate([[config.max_history, 1], rng.integers(1, config.max_history + 1, count)])[:count]
+    if lengths is None:
+        lengths = np.concatenate([[config.max_history, 1], rng.integers(1, config.max_history + 1, count)])[:count]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     item_at_rank = rng.permutation(config.num_items) + 1
     popularity = np.cumsum(1.0 / np.arange(1, config.num_items + 1))
