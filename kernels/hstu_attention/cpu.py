@@ -113,7 +113,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("lengths", "prefix_lengths", "positions")),
         *((name, ctypes.c_int64) for name in ("position_row_stride", "position_batch_stride")),
         *((name, ctypes.c_void_p) for name in ("position_bias", "time_bias", "buckets")),
-        *((name, ctypes.c_int64) for name in ("bucket_row_stride", "bucket_batch_stride")),
+        *((name, ctypes.c_int64) for name in ("bucket_row_stride", "bucket_batch_stride", "own_bucket_column")),
         ("own_buckets", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("own_bucket_row_stride", "own_bucket_batch_stride")),
         ("mask", ctypes.c_void_p),
@@ -124,7 +124,7 @@ class _Call(ctypes.Structure):
         *(
             (name, ctypes.c_int32)
             for name in (
-                "candidates", "io_type", "compute_type", "prefix_type", "prefix_activated", "bucket_type", "threaded",
+                "mode", "io_type", "compute_type", "prefix_type", "prefix_activated", "bucket_type", "threaded",
             )
         ),
     )  # fmt: skip
@@ -181,25 +181,53 @@ class Library:
         lengths: Array | None,
         *,
         out: Array,
-        prefix: tuple[Array, Array, Array] | None = None,
+        cache: tuple[Array, Array] | None = None,
         mask: Array | None = None,
         threaded: bool = True,
     ) -> None:
-        """`out` [B, Q, H·dv] holds the gated output of the rows uvqk [B, Q, W], each seeing the rows up to itself.
+        """`out` [B, Q, H·dv] holds the gated output of rows uvqk [B, Q, W] that see the rows up to themselves.
 
-        lengths int64 [B]; buckets uint8, int32 or int64 [B, Q, T] over all keys t in order of position. With `prefix`
-        (k [B, P, H·dqk] and v [B, P, H·dv] after SiLU, lengths int64 [B]) the rows extend a cached history: row i
-        stands at prefix length + i. mask uint8 [B, Q, T]: zero forbids. Rows after `lengths` become zero.
+        lengths int64 [B]; rows after them become zero. buckets uint8, int32 or int64 [B, Q, Q]; mask uint8
+        [B, Q, Q], zero forbids. With `cache` (k and v after SiLU [B, P, H·(dqk+dv)], lengths int64 [B]) the rows
+        extend a history: they see the cached rows too, and buckets and mask are [B, Q, P + Q] and [B, Q, T],
+        the latter over all keys in order of position.
         """
-        call = self._call(shape, uvqk, out, buckets, mask, threaded)
+        hv, hqk = shape.heads * shape.v_dim, shape.heads * shape.qk_dim
+        call = self._call(shape, uvqk, (0, hv, 2 * hv, 2 * hv + hqk), 2 * (hv + hqk), out, buckets, threaded)
+        call.own_bucket_column = -1
         if lengths is not None:
             call.lengths = _pointer(lengths, np.int64)
-        if prefix is not None:
-            keys, values, prefix_lengths = prefix
-            call.prefix_rows, call.prefix_activated = keys.shape[1], 1
-            call.prefix_k, call.prefix_v = _rows(keys), _rows(values)
-            call.prefix_type = _float_type(keys)
-            call.prefix_lengths = _pointer(prefix_lengths, np.int64)
+        if mask is not None:
+            call.mask = _pointer(mask, np.uint8)
+            call.mask_row_stride, call.mask_batch_stride = mask.shape[2], mask.shape[1] * mask.shape[2]
+        if cache is not None:
+            rows, cached_lengths = cache
+            _set_prefix(call, rows, 0, hqk, cached_lengths)
+            call.prefix_activated, call.own_bucket_column = 1, rows.shape[1]
+        self._run(call)
+
+    def queries(
+        self,
+        shape: Shape,
+        uq: Array,
+        kv: Array,
+        buckets: Array | None,
+        positions: Array,
+        *,
+        out: Array,
+        threaded: bool = True,
+    ) -> None:
+        """`out` [B, Q, H·dv] holds the gated output of rows uq [B, Q, W/2] at positions int64 [B, Q] of a history.
+
+        Row i sees the rows of kv [B, L, W/2] up to its own position; one at -1 sees nothing and becomes zero.
+        Columns: u, q and k, v, all before SiLU. buckets [B, Q, L].
+        """
+        hv, hqk = shape.heads * shape.v_dim, shape.heads * shape.qk_dim
+        call = self._call(shape, uq, (0, 0, hv, 0), hv + hqk, out, buckets, threaded)
+        call.mode = 2
+        seen = np.ascontiguousarray(positions.max(axis=1, initial=-1) + 1)
+        _set_prefix(call, kv, 0, hqk, seen)
+        _set_positions(call, positions)
         self._run(call)
 
     def candidates(
@@ -208,30 +236,26 @@ class Library:
         history: Array,
         uvqk: Array,
         buckets: Array | None,
-        own_buckets: Array | None,
         positions: Array,
         *,
         out: Array,
+        v_offset: int,
+        k_offset: int,
+        own_buckets: Array | None = None,
         threaded: bool = True,
     ) -> None:
         """`out` [B, C, H·dv] holds the gated output of candidates uvqk [B, C, W] that see history and themselves.
 
-        history [B, L, ·] before SiLU: the whole projection, or its v and k alone, in that order; positions int64
-        [B, C or 1]: how many events each sees; buckets [B, C or 1, L] and own_buckets [B, C or 1] of one type.
+        history [B, L, ·] before SiLU holds v from column v_offset on, and k from k_offset on. positions int64
+        [B, C or 1]: how many events each candidate sees. buckets [B, C or 1, L]; own_buckets [B, C or 1] of the same
+        type, bucket 0 where they are not given.
         """
-        call = self._call(shape, uvqk, out, buckets, None, threaded)
         hv, hqk = shape.heads * shape.v_dim, shape.heads * shape.qk_dim
-        if history.shape[2] not in (hv + hqk, 2 * (hv + hqk)):
-            raise KernelError(f"history has {history.shape[2]} columns, expected {hv + hqk} (v, k) or {2 * (hv + hqk)}")
-        whole = history.shape[2] == 2 * (hv + hqk)
-        call.candidates = 1
-        call.prefix_rows, call.prefix_type = history.shape[1], _float_type(history)
-        call.prefix_v, call.prefix_k = _rows(history, hv if whole else 0), _rows(history, 2 * hv + hqk if whole else hv)
-        call.positions = _pointer(positions, np.int64)
-        call.position_row_stride = int(positions.shape[1] > 1)
-        call.position_batch_stride = positions.shape[1]
-        prefix_lengths = np.ascontiguousarray(positions.max(axis=1, initial=0))
-        call.prefix_lengths = _pointer(prefix_lengths, np.int64)
+        call = self._call(shape, uvqk, (0, hv, 2 * hv, 2 * hv + hqk), 2 * (hv + hqk), out, buckets, threaded)
+        call.mode = 1
+        seen = np.ascontiguousarray(positions.max(axis=1, initial=0))
+        _set_prefix(call, history, k_offset, v_offset, seen)
+        _set_positions(call, positions)
         if own_buckets is not None:
             call.own_buckets = own_buckets.ctypes.data
             call.own_bucket_row_stride = int(own_buckets.shape[1] > 1)
@@ -255,32 +279,32 @@ class Library:
         return out
 
     def _call(
-        self, shape: Shape, uvqk: Array, out: Array, buckets: Array | None, mask: Array | None, threaded: bool
-    ) -> _Call:
-        hv, hqk = shape.heads * shape.v_dim, shape.heads * shape.qk_dim
-        if uvqk.shape[2] != 2 * (hv + hqk) or out.shape != (*uvqk.shape[:2], hv) or out.dtype != uvqk.dtype:
+        self, shape: Shape, rows: Array, columns: tuple[int, int, int, int], width: int, out: Array,
+        buckets: Array | None, threaded: bool,
+    ) -> _Call:  # fmt: skip
+        """What all calls have in common; `columns` is where u, v, q and k start in `rows`."""
+        if (
+            rows.shape[2] != width
+            or out.shape != (*rows.shape[:2], shape.heads * shape.v_dim)
+            or out.dtype != rows.dtype
+        ):
             raise KernelError(
-                f"uvqk {uvqk.dtype} {uvqk.shape} does not fit {shape.heads} heads and out {out.dtype} {out.shape}"
+                f"{rows.dtype} {rows.shape} does not fit {shape.heads} heads and out {out.dtype} {out.shape}"
             )
         if len(shape.position_bias) != 2 * shape.max_length - 1 or len(shape.time_bias) != 129:
-            raise KernelError(
-                f"bias tables of {len(shape.position_bias)} and {len(shape.time_bias)} values do not fit the shape"
-            )
+            raise KernelError(f"bias tables of {len(shape.position_bias)} and {len(shape.time_bias)} values do not fit")
+        u, v, q, k = (_rows(rows, column) for column in columns)
         call = _Call(
-            batch=uvqk.shape[0], queries=uvqk.shape[1], heads=shape.heads, qk_dim=shape.qk_dim, v_dim=shape.v_dim,
-            max_length=shape.max_length,
-            u=_rows(uvqk), v=_rows(uvqk, hv), q=_rows(uvqk, 2 * hv), k=_rows(uvqk, 2 * hv + hqk),
+            batch=rows.shape[0], queries=rows.shape[1], heads=shape.heads, qk_dim=shape.qk_dim, v_dim=shape.v_dim,
+            max_length=shape.max_length, u=u, v=v, q=q, k=k, own_bucket_column=-1,
             position_bias=_pointer(shape.position_bias, np.float32), time_bias=_pointer(shape.time_bias, np.float32),
             out=out.ctypes.data, out_row_stride=out.shape[2], out_batch_stride=out.shape[1] * out.shape[2],
-            epsilon=shape.epsilon, io_type=_float_type(uvqk), compute_type=int(shape.bf16), threaded=int(threaded),
+            epsilon=shape.epsilon, io_type=_float_type(rows), compute_type=int(shape.bf16), threaded=int(threaded),
         )  # fmt: skip
         if buckets is not None:
             call.buckets, call.bucket_type = _pointer(buckets, buckets.dtype), _bucket_type(buckets)
             call.bucket_row_stride = buckets.shape[2] if buckets.shape[1] > 1 else 0
             call.bucket_batch_stride = buckets.shape[1] * buckets.shape[2]
-        if mask is not None:
-            call.mask = _pointer(mask, np.uint8)
-            call.mask_row_stride, call.mask_batch_stride = mask.shape[2], mask.shape[1] * mask.shape[2]
         return call
 
     def _run(self, call: _Call) -> None:
@@ -305,6 +329,17 @@ def _rows(array: Array, column: int = 0) -> _Rows:
     if array.ndim != 3 or array.strides[2] != size:
         raise KernelError(f"expected rows [batch, rows, columns] with contiguous columns, got {array.shape}")
     return _Rows(array.ctypes.data + column * size, array.strides[1] // size, array.strides[0] // size)
+
+
+def _set_prefix(call: _Call, rows: Array, k_column: int, v_column: int, lengths: Array) -> None:
+    call.prefix_rows, call.prefix_type = rows.shape[1], _float_type(rows)
+    call.prefix_k, call.prefix_v = _rows(rows, k_column), _rows(rows, v_column)
+    call.prefix_lengths = _pointer(lengths, np.int64)
+
+
+def _set_positions(call: _Call, positions: Array) -> None:
+    call.positions = _pointer(positions, np.int64)
+    call.position_row_stride, call.position_batch_stride = int(positions.shape[1] > 1), positions.shape[1]
 
 
 def _float_type(array: Array) -> int:

@@ -135,32 +135,52 @@ def test_every_bucket_type_gives_the_same_answer(library: cpu.Library, isa: str,
     assert np.array_equal(*outs)
 
 
-@pytest.mark.parametrize("prefix", [1, 63, 64, 65, 130])
+@pytest.mark.parametrize("prefix", [0, 1, 63, 64, 65, 130])
 def test_extending_a_cached_history_equals_computing_it_whole(library: cpu.Library, isa: str, prefix: int) -> None:
-    heads, d, new = 4, 24, 70
+    heads, d, new, room = 4, 24, 70, prefix + 9
     problem = Problem(heads, d, d, (prefix + new, prefix + 3))
     whole = problem.poisoned()
     library.attention(problem.shape, problem.uvqk, problem.buckets, problem.lengths, out=whole)
     _, v, _, k = np.split(problem.uvqk, 4, axis=2)
-    cached = [naive.silu(x[:, : prefix + 9].astype(np.float64)).astype(np.float32) for x in (k, v)]
-    for x in cached:
-        x[:, prefix:] = np.nan
-    rows = np.ascontiguousarray(problem.uvqk[:, prefix:])
+    cache = np.full((2, room, 2 * heads * d), np.nan, np.float32)
+    cache[:, :prefix] = naive.silu(np.concatenate([k, v], axis=2)[:, :prefix].astype(np.float64))
+    buckets = np.full((2, new, room + new), -(2**40))
+    buckets[:, :, :prefix] = problem.buckets[:, prefix:, :prefix]
+    buckets[:, :, room:] = problem.buckets[:, prefix:, prefix:]
     out = np.full((2, new, heads * d), np.nan, np.float32)
-    prefix_lengths = np.array([prefix, prefix], dtype=np.int64)
     library.attention(
         problem.shape,
-        rows,
-        np.ascontiguousarray(problem.buckets[:, prefix:]),
+        np.ascontiguousarray(problem.uvqk[:, prefix:]),
+        buckets,
         problem.lengths - prefix,
         out=out,
-        prefix=(cached[0], cached[1], prefix_lengths),
+        cache=(cache, np.array([prefix, prefix], dtype=np.int64)),
     )
     for b, n in enumerate(problem.lengths):
         assert_equal(out[b, : n - prefix], whole[b, prefix:n])
 
 
-@pytest.mark.parametrize("columns", ["whole", "v and k"])
+@pytest.mark.parametrize("count", [1, 5, 60])
+def test_single_queries_equal_rows_of_the_whole(library: cpu.Library, isa: str, count: int) -> None:
+    heads, qk_dim, v_dim = 3, 20, 36
+    problem = Problem(heads, qk_dim, v_dim, (130, 65, 1, 0))
+    whole, rng = problem.poisoned(), np.random.default_rng(2)
+    library.attention(problem.shape, problem.uvqk, problem.buckets, problem.lengths, out=whole)
+    positions = np.stack([rng.integers(-1, n, count) for n in problem.lengths])
+    positions[:, -1] = problem.lengths - 1
+    users = np.arange(len(positions))[:, None]
+    hv, hqk = heads * v_dim, heads * qk_dim
+    u, v, q, k = np.split(problem.uvqk, [hv, 2 * hv, 2 * hv + hqk], axis=2)
+    uq = np.concatenate([u, q], axis=2)[users, positions.clip(min=0)]
+    out = np.full((len(positions), count, hv), np.nan, np.float32)
+    kv = np.concatenate([k, v], axis=2)
+    buckets = problem.buckets[users, positions.clip(min=0)]
+    library.queries(problem.shape, np.nan_to_num(uq), kv, buckets, positions, out=out)
+    expected = np.where(positions[..., None] >= 0, whole[users, positions.clip(min=0)], 0)
+    assert_equal(out, expected)
+
+
+@pytest.mark.parametrize("columns", ["whole", "k and v"])
 @pytest.mark.parametrize("count", [1, 7, 130])
 @pytest.mark.parametrize("shared", [True, False])
 def test_candidates_equal_the_truth(library: cpu.Library, isa: str, columns: str, count: int, shared: bool) -> None:
@@ -173,19 +193,20 @@ def test_candidates_equal_the_truth(library: cpu.Library, isa: str, columns: str
     if shared:
         positions[:] = problem.lengths[:, None]
     buckets = rng.integers(0, 129, (users, standing, problem.rows)).astype(np.uint8)
-    own = rng.integers(0, 129, (users, standing)).astype(np.uint8)
-    hv = heads * v_dim
-    history = problem.uvqk
-    if columns == "v and k":
-        history = np.concatenate([history[..., hv : 2 * hv], history[..., -heads * qk_dim :]], axis=2)
+    own = None if shared else rng.integers(0, 129, (users, standing)).astype(np.uint8)
+    hv, hqk = heads * v_dim, heads * qk_dim
+    history, offsets = problem.uvqk, {"v_offset": hv, "k_offset": 2 * hv + hqk}
+    if columns == "k and v":
+        history, offsets = np.concatenate([history[..., -hqk:], history[..., hv : 2 * hv]], axis=2), {}
+        offsets = {"v_offset": hqk, "k_offset": 0}
     out = np.full((users, count, hv), np.nan, np.float32)
-    library.candidates(problem.shape, history, uvqk, buckets, own, positions, out=out)
+    library.candidates(problem.shape, history, uvqk, buckets, positions, out=out, own_buckets=own, **offsets)
     for b in range(users):
         truth = naive.candidates(
             problem.uvqk[b].astype(np.float64),
             uvqk[b].astype(np.float64),
             np.broadcast_to(buckets[b], (count, problem.rows)),
-            np.broadcast_to(own[b], count),
+            np.broadcast_to(0 if own is None else own[b], count),
             np.broadcast_to(positions[b], count),
             *problem.tables(),
             heads=heads,
@@ -274,10 +295,9 @@ def test_a_call_that_makes_no_sense_is_refused(
     problem = Problem(1, 16, 16, (20,))
     cached = None
     if prefix is not None:
-        rows = np.zeros((1, prefix, 16), np.float32)
-        cached = (rows, rows, np.array([prefix], dtype=np.int64))
+        cached = (np.zeros((1, prefix, 32), np.float32), np.array([prefix], dtype=np.int64))
     with pytest.raises(cpu.KernelError, match=message):
-        library.attention(problem.shape, problem.uvqk, None, np.array(lengths), out=problem.poisoned(), prefix=cached)
+        library.attention(problem.shape, problem.uvqk, None, np.array(lengths), out=problem.poisoned(), cache=cached)
 
 
 def test_wrong_types_and_shapes_are_refused(library: cpu.Library) -> None:

@@ -5,6 +5,7 @@
 namespace hstu {
 
 enum Type : int32_t { kFloat32 = 0, kBfloat16 = 1 };
+enum Mode : int32_t { kCausal = 0, kCandidates = 1, kQueries = 2 };
 enum BucketType : int32_t { kNoBuckets = 0, kUint8 = 1, kInt32 = 4, kInt64 = 8 };
 
 // Rows [batch, rows, columns] of one tensor: strides count elements; columns are contiguous.
@@ -14,9 +15,10 @@ struct Rows {
 };
 
 // One call. User b sees the keys t = 0, 1, ...: first the prefix (prefix_lengths[b] rows of prefix_k, prefix_v),
-// then, when `candidates` is 0, its own query rows. t is also the key's position.
-//   candidates == 0: query row i < lengths[b] stands at p = prefix_lengths[b] + i and sees t <= p
-//   candidates == 1: query row c stands at p = positions[b, c], sees t < p (all of the prefix) and itself
+// then, in mode kCausal, its own query rows. t is also the key's position.
+//   kCausal: query row i < lengths[b] stands at p = prefix_lengths[b] + i and sees t <= p
+//   kCandidates: query row c stands at p = positions[b, c], sees t < p of the prefix, and itself
+//   kQueries: query row i stands at p = positions[b, i] and sees t <= p of the prefix; it has no k and v itself
 struct Call {
     int64_t batch, queries, heads, qk_dim, v_dim, max_length;
     int64_t prefix_rows;  // rows that prefix_k and prefix_v have per user (0: there is no prefix)
@@ -24,20 +26,21 @@ struct Call {
     Rows prefix_v, prefix_k;
     const int64_t* lengths;          // [batch], or null: every user has `queries` rows
     const int64_t* prefix_lengths;   // [batch], or null: 0
-    const int64_t* positions;        // candidates only
+    const int64_t* positions;        // not in mode kCausal
     int64_t position_row_stride, position_batch_stride;
     const float* position_bias;      // [2 max_length - 1], at t - p + max_length - 1
     const float* time_bias;          // [129]
-    const void* buckets;             // [batch, queries or 1, keys]: element (i, t)
+    const void* buckets;             // [batch, queries or 1, keys]: element (i, t), own rows from own_bucket_column on
     int64_t bucket_row_stride, bucket_batch_stride;
-    const void* own_buckets;         // candidates only: [batch, queries or 1]
+    int64_t own_bucket_column;       // kCausal with a prefix: -1 means that t counts on, own row 0 at the prefix length
+    const void* own_buckets;         // kCandidates: [batch, queries or 1]; null: bucket 0
     int64_t own_bucket_row_stride, own_bucket_batch_stride;
     const uint8_t* mask;             // [batch, queries, keys], zero forbids; null: nothing more is forbidden
     int64_t mask_row_stride, mask_batch_stride;
     void* out;                       // [batch, queries, heads * v_dim]; rows after the end become 0
     int64_t out_row_stride, out_batch_stride;
     float epsilon;
-    int32_t candidates, io_type, compute_type, prefix_type, prefix_activated, bucket_type, threaded;
+    int32_t mode, io_type, compute_type, prefix_type, prefix_activated, bucket_type, threaded;
 };
 
 // What a kernel may ask of the process: parallel loops and memory. Kernels themselves use no library.

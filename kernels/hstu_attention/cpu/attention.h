@@ -121,12 +121,12 @@ struct Attention {
 
     int64_t prefix(int64_t b) const { return call.prefix_lengths ? call.prefix_lengths[b] : 0; }
     int64_t rows_of(int64_t b) const { return call.lengths ? call.lengths[b] : call.queries; }
-    int64_t keys_of(int64_t b) const { return prefix(b) + (call.candidates ? 0 : rows_of(b)); }
+    int64_t keys_of(int64_t b) const { return prefix(b) + (call.mode == hstu::kCausal ? rows_of(b) : 0); }
     int64_t position(int64_t b, int64_t i) const {
-        if (!call.candidates) return prefix(b) + i;
+        if (call.mode == hstu::kCausal) return prefix(b) + i;
         return call.positions[b * call.position_batch_stride + i * call.position_row_stride];
     }
-    int64_t visible(int64_t b, int64_t i) const { return position(b, i) + (call.candidates ? 0 : 1); }
+    int64_t visible(int64_t b, int64_t i) const { return position(b, i) + (call.mode == hstu::kCandidates ? 0 : 1); }
 
     // SiLU of n values as words; what is left of the last vector is zero.
     template <bool kSilu, class U>
@@ -225,10 +225,15 @@ struct Attention {
     void add_bias(int64_t b, int64_t i, int64_t seen, const float* near, float* out) const {
         const B* buckets = static_cast<const B*>(call.buckets) + b * call.bucket_batch_stride + i * call.bucket_row_stride;
         const Simd::TimeTable table = Simd::table(call.time_bias);
-        for (int64_t t = 0; t < seen; t += kLanes) {
-            const int64_t n = min(kLanes, seen - t);
-            Simd::store(out + t, Simd::add(Simd::load(near + t, n), Simd::look_up(table, Simd::buckets(buckets + t, n))), n);
-        }
+        const auto add = [&](int64_t from, int64_t to, const B* at) {
+            for (int64_t t = from; t < to; t += kLanes) {
+                const int64_t n = min(kLanes, to - t);
+                Simd::store(out + t, Simd::add(Simd::load(near + t, n), Simd::look_up(table, Simd::buckets(at + t, n))), n);
+            }
+        };
+        const int64_t split = call.own_bucket_column < 0 ? seen : min(seen, prefix(b));
+        add(0, split, buckets);
+        add(split, seen, buckets + call.own_bucket_column - split);
     }
 
     // o[count x v_lanes] = Σ SiLU(q k + bias) v over the blocks, for one head. q: words of SiLU(q), row by row.
@@ -271,6 +276,7 @@ struct Attention {
     int64_t own_bucket(int64_t b, int64_t i) const {
         const int64_t at = b * call.own_bucket_batch_stride + i * call.own_bucket_row_stride;
         int64_t bucket = 0;
+        if (!call.own_buckets) return bucket;
         if (call.bucket_type == hstu::kUint8) bucket = static_cast<const uint8_t*>(call.own_buckets)[at];
         if (call.bucket_type == hstu::kInt32) bucket = static_cast<const int32_t*>(call.own_buckets)[at];
         if (call.bucket_type == hstu::kInt64) bucket = static_cast<const int64_t*>(call.own_buckets)[at];
@@ -301,7 +307,7 @@ struct Attention {
         const float width = static_cast<float>(heads * dv), n = static_cast<float>(call.max_length);
         for (int64_t r = 0; r < count; ++r) {
             float* values = o + r * o_stride;
-            if (call.candidates) add_own(b, first + r, values);
+            if (call.mode == hstu::kCandidates) add_own(b, first + r, values);
             const T* u = row<T>(call.u, b, first + r);
             T* out = static_cast<T*>(call.out) + b * call.out_batch_stride + (first + r) * call.out_row_stride;
             Float total = Simd::zero(), squares = Simd::zero();

@@ -106,16 +106,18 @@ const char* check(const Call& c) {
     if (c.batch < 0 || c.queries < 0 || c.prefix_rows < 0) return "a size is negative";
     if (c.heads < 1 || c.qk_dim < 1 || c.v_dim < 1 || c.max_length < 1) return "a dimension is not positive";
     if (c.bucket_type != hstu::kNoBuckets && (!c.buckets || !c.time_bias)) return "buckets without their table";
-    if (c.candidates && !c.positions) return "candidates without positions";
-    if (c.candidates && c.bucket_type != hstu::kNoBuckets && !c.own_buckets) return "candidates without own buckets";
+    const bool causal = c.mode == hstu::kCausal;
+    if (!causal && c.mode != hstu::kCandidates && c.mode != hstu::kQueries) return "no such mode";
+    if (!causal && !c.positions) return "query rows without positions";
+    const int64_t lowest = c.mode == hstu::kQueries ? -1 : 0;  // -1: a row that sees nothing
     for (int64_t b = 0; b < c.batch; ++b) {
         const int64_t rows = c.lengths ? c.lengths[b] : c.queries, prefix = c.prefix_lengths ? c.prefix_lengths[b] : 0;
         if (rows < 0 || rows > c.queries) return "a length is outside 0..queries";
         if (prefix < 0 || prefix > c.prefix_rows) return "a prefix length is outside 0..prefix_rows";
-        if (prefix + (c.candidates ? 0 : rows) > c.max_length) return "a history is longer than max_length";
-        for (int64_t i = 0; c.candidates && i < rows; ++i) {
+        if (prefix + (causal ? rows : 0) > c.max_length) return "a history is longer than max_length";
+        for (int64_t i = 0; !causal && i < rows; ++i) {
             const int64_t position = c.positions[b * c.position_batch_stride + i * c.position_row_stride];
-            if (position < 0 || position > prefix || position >= c.max_length) return "a position is outside the prefix";
+            if (position < lowest || position > prefix + lowest || position >= c.max_length) return "a position is outside the prefix";
         }
     }
     return nullptr;
