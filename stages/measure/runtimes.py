@@ -1,0 +1,270 @@
+"""What is measured against what: each runtime answers the same requests; each runs in a process of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from hstu.config import HSTUConfig
+from hstu.errors import InputError
+from hstu.signature import EntryName
+from serving.engine import Array, open_engine, read_spec
+from stages.measure.cases import SLATE, BenchmarkEntry, Cell
+from stages.measure.requests import Request
+
+if TYPE_CHECKING:
+    from hstu.model import History
+
+RuntimeName = Literal["torch-eager", "torch-compile", "onnx-plain", "engine", "vllm"]
+EAGER: RuntimeName = "torch-eager"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFiles:
+    """Where the forms of one model stand: checkpoint folder, plain export, engines by name, bundle for vLLM."""
+
+    checkpoint: Path
+    onnx: Path
+    engines: Mapping[str, Path]
+    bundle: Path | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contestant:
+    """One runtime of one model, before it is opened. `folder` holds what it loads."""
+
+    runtime: RuntimeName
+    backend: str
+    precision: str
+    folder: Path
+    checkpoint: Path
+
+    def __str__(self) -> str:
+        return f"{self.runtime} {self.backend} {self.precision}" if self.runtime == "engine" else self.runtime
+
+    @property
+    def optional(self) -> bool:
+        """A peer that may be unable to run here (no compiler, no vLLM): said and left out, not an error."""
+        return self.runtime in ("torch-compile", "vllm")
+
+    def entries(self, config: HSTUConfig) -> tuple[BenchmarkEntry, ...]:
+        """The entries that this runtime is measured on."""
+        compiled: tuple[BenchmarkEntry, ...] = ("retrieve", "rank") if config.tasks else ("retrieve",)
+        if self.runtime == EAGER:
+            return (*compiled, "generate")
+        if self.runtime == "vllm":
+            return ("generate",)
+        return compiled
+
+
+def takes_part(contestant: Contestant, config: HSTUConfig, cell: Cell, compile_batches: Sequence[int]) -> bool:
+    """Whether a runtime is measured on a cell: it has the entry, and torch.compile is worth its compilation.
+
+    That takes some 20 s of one core for an entry, a number of threads and the batch sizes 1 and above 1 each,
+    so torch.compile answers `retrieve` on all threads at `compile_batches`.
+    """
+    if cell.entry not in contestant.entries(config):
+        return False
+    worth = cell.entry == "retrieve" and cell.thread_mode == "all" and cell.batch in compile_batches
+    return contestant.runtime != "torch-compile" or worth
+
+
+class Runtime(Protocol):
+    """An opened contestant."""
+
+    def answer(self, entry: BenchmarkEntry, request: Request) -> Mapping[str, Array]:
+        """The outputs of the entry (`hstu.signature`); of generate, `slates` int64 [B, 10]."""
+
+
+def contestants(files: ModelFiles) -> list[Contestant]:
+    """Every runtime that can be measured on a model, eager PyTorch first; engines that were only built are left out."""
+    found = [
+        Contestant(
+            runtime=EAGER, backend="torch", precision="fp32", folder=files.checkpoint, checkpoint=files.checkpoint
+        ),
+        Contestant(
+            runtime="torch-compile",
+            backend="inductor",
+            precision="fp32",
+            folder=files.checkpoint,
+            checkpoint=files.checkpoint,
+        ),
+        Contestant(
+            runtime="onnx-plain",
+            backend="onnxruntime",
+            precision="fp32",
+            folder=files.onnx,
+            checkpoint=files.checkpoint,
+        ),
+    ]
+    for folder in files.engines.values():
+        spec = read_spec(folder)
+        if spec.executed:
+            found.append(
+                Contestant(
+                    runtime="engine",
+                    backend=spec.backend,
+                    precision=spec.precision,
+                    folder=folder,
+                    checkpoint=files.checkpoint,
+                )
+            )
+    if files.bundle is not None:
+        found.append(
+            Contestant(
+                runtime="vllm", backend="vllm", precision="fp32", folder=files.bundle, checkpoint=files.checkpoint
+            )
+        )
+    return found
+
+
+def prepare(contestant: Contestant, threads: int) -> None:
+    """Import what the runtime stands on and size its pools, so that what comes after is the model's own memory."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if contestant.runtime in ("torch-eager", "torch-compile"):
+        import torch
+
+        torch.set_num_threads(threads)
+        import serving.engines.torch
+    elif contestant.runtime == "vllm":
+        import serving.vllm_plugin.runtime  # noqa: F401
+    else:
+        import onnxruntime  # noqa: F401
+
+
+def open_runtime(contestant: Contestant, threads: int) -> Runtime:
+    """The runtime, ready to answer on `threads` threads."""
+    if contestant.runtime == "torch-eager":
+        return Eager(contestant.folder, threads)
+    if contestant.runtime == "torch-compile":
+        return Compiled(contestant.folder, threads)
+    if contestant.runtime == "onnx-plain":
+        return PlainOnnx(contestant.folder, threads)
+    if contestant.runtime == "engine":
+        return CompiledEngine(contestant.folder, threads)
+    return Vllm(contestant.folder)
+
+
+class Eager:
+    """`hstu.model` as it stands; slates by full recompute (`serving.slate`)."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        from serving.engines.torch import open_torch_engine
+
+        self.engine = open_torch_engine(folder, threads=threads)
+
+    def answer(self, entry: BenchmarkEntry, request: Request) -> Mapping[str, Array]:
+        if entry != "generate":
+            return self.engine.run(_compiled_entry(entry), request.feeds)
+        from serving.slate import greedy_slate
+
+        items, _ = greedy_slate(self.engine.model, _history(request), SLATE)
+        return {"slates": items.numpy()}
+
+    def slate_error(self, request: Request, slates: Array) -> float:
+        """The most by which the score of any item of `slates` [B, 10] falls short of the best item's at its step.
+
+        The model is causal and all items of a slate stand at the query time, so one pass over history and slate
+        gives the state before each of its items.
+        """
+        import torch
+
+        from hstu.model import l2_normalize
+        from serving.slate import append_items, extend_history
+
+        model, chosen = self.engine.model, torch.as_tensor(slates)
+        history = _history(request)
+        before = (history.lengths - 1).unsqueeze(1) + torch.arange(SLATE)  # where each item's state stands
+        full = extend_history(history, SLATE)
+        for step in range(SLATE):
+            full = append_items(full, chosen[:, step])
+        with torch.inference_mode():
+            states = model.encode(full)
+            rows = states.gather(1, before.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+            scores = model.item_scores(l2_normalize(rows).flatten(0, 1)).unflatten(0, before.shape)
+        taken = torch.zeros_like(scores, dtype=torch.bool)  # a slate names no item twice
+        for step in range(1, SLATE):
+            taken[:, step] = taken[:, step - 1].scatter(1, chosen[:, step - 1 : step] - 1, True)
+        scores = scores.masked_fill(taken, -torch.inf)
+        shortfall = scores.amax(-1) - scores.gather(2, (chosen - 1).unsqueeze(-1)).squeeze(-1)
+        return float(shortfall.max())
+
+
+class Compiled:
+    """`hstu.model` under torch.compile (inductor, shapes dynamic, so that one compilation serves all lengths)."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import torch
+
+        from serving.engines.torch import open_torch_engine
+
+        engine = open_torch_engine(folder, threads=threads)
+        engine.model.retrieve = torch.compile(engine.model.retrieve, dynamic=True)  # type: ignore[method-assign]
+        engine.model.rank = torch.compile(engine.model.rank, dynamic=True)  # type: ignore[method-assign]
+        self.engine = engine
+
+    def answer(self, entry: BenchmarkEntry, request: Request) -> Mapping[str, Array]:
+        return self.engine.run(_compiled_entry(entry), request.feeds)
+
+
+class PlainOnnx:
+    """The exporter's graph, untouched, on ONNX Runtime with the options our engines have."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self.folder, self.threads = folder, threads
+        self.sessions: dict[str, tuple[list[str], Any]] = {}
+
+    def answer(self, entry: BenchmarkEntry, request: Request) -> Mapping[str, Array]:
+        import onnxruntime
+
+        from serving.engines.onnxruntime import PROVIDER, session_options
+
+        if entry not in self.sessions:  # one model at a time: the memory of a cell is that of its own entry
+            session = onnxruntime.InferenceSession(
+                self.folder / f"{_compiled_entry(entry)}.onnx", session_options(self.threads), providers=[PROVIDER]
+            )
+            self.sessions = {entry: ([output.name for output in session.get_outputs()], session)}
+        names, session = self.sessions[entry]
+        return dict(zip(names, session.run(names, dict(request.feeds)), strict=True))
+
+
+class CompiledEngine:
+    """An engine folder, as `recommend` runs it."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self.engine = open_engine(folder, threads=threads)
+
+    def answer(self, entry: BenchmarkEntry, request: Request) -> Mapping[str, Array]:
+        return self.engine.run(_compiled_entry(entry), request.feeds)
+
+
+class Vllm:
+    """The bundle in vLLM: greedy slates from a paged cache."""
+
+    def __init__(self, folder: Path) -> None:
+        from serving.vllm_plugin.runtime import VllmRuntime
+
+        self.runtime = VllmRuntime(folder)
+
+    def answer(self, entry: BenchmarkEntry, request: Request) -> Mapping[str, Array]:
+        if entry != "generate":
+            raise InputError(f"vLLM is measured on slates, not on {entry!r}")
+        items, _ = self.runtime.greedy_slates(request.histories, SLATE)
+        return {"slates": items}
+
+
+def _history(request: Request) -> History:
+    import torch
+
+    from hstu.model import history_from_feeds
+
+    return history_from_feeds({name: torch.as_tensor(value) for name, value in request.feeds.items()})
+
+
+def _compiled_entry(entry: BenchmarkEntry) -> EntryName:
+    if entry not in ("retrieve", "rank"):
+        raise InputError(f"this runtime has no {entry!r} entry", expected="retrieve, rank")
+    return entry

@@ -1,0 +1,172 @@
+"""One runtime in one process: it shares no thread pool and no memory with the others, so both can be measured.
+
+The parent sends pickled calls over a socket and waits; a worker that nobody calls sleeps. When the parent
+ends, however it ends, the socket closes and the worker with it. What a runtime writes goes to a log file.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import stages
+from hstu.config import HSTUConfig
+from hstu.errors import CompilerError, UsageError
+from serving.engine import Array
+from stages.measure import memory
+from stages.measure.cases import BenchmarkEntry
+from stages.measure.requests import Request
+from stages.measure.runtimes import Contestant, Eager, Runtime, open_runtime, prepare
+from stages.measure.statistics import significant
+
+LOG_TAIL = 1500  # characters of the log that go into an error message
+
+
+class WorkerError(CompilerError):
+    """A runtime's process ended, or did not answer in time."""
+
+
+class Worker:
+    """The parent's end: starts the process and calls into it. `call` waits for the answer, `send` does not."""
+
+    def __init__(self, contestant: Contestant, *, threads: int) -> None:
+        self.contestant = contestant
+        ours, theirs = socket.socketpair()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        paths = [str(Path(stages.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "stages.measure.worker", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        )
+        theirs.close()
+        self._connection = Connection(ours.detach())
+        self.send("open", contestant, threads)
+
+    def send(self, method: str, *arguments: Any, **options: Any) -> None:
+        """Ask for something; `receive` waits for the answer."""
+        try:
+            self._connection.send((method, arguments, options))
+        except OSError:
+            raise self._ended() from None
+
+    def receive(self, *, timeout_s: float | None = None) -> Any:
+        """The answer to what was sent; raises what the runtime raised of ours.
+
+        WorkerError when the process ended, or has not answered in `timeout_s`: then it is ended.
+        """
+        try:
+            if not self._connection.poll(timeout_s):
+                self.close()
+                raise WorkerError(f"{self.contestant}: no answer within {timeout_s:g} s")
+            reply = self._connection.recv()
+        except (EOFError, OSError):
+            raise self._ended() from None
+        if isinstance(reply, CompilerError):
+            raise reply
+        return reply
+
+    def call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """The answer to one call, however long it takes."""
+        self.send(method, *arguments, **options)
+        return self.receive()
+
+    def close(self) -> None:
+        """End the process; a second time nothing happens."""
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+    def _ended(self) -> WorkerError:
+        code = self._process.wait()
+        self._log.seek(0)
+        tail = self._log.read().decode(errors="replace")[-LOG_TAIL:]
+        return WorkerError(f"{self.contestant}: its process ended (exit status {code})", got=tail.strip())
+
+
+class Seat:
+    """The worker's end: the methods that the parent may call."""
+
+    def __init__(self) -> None:
+        self.runtime: Runtime
+        self.baseline_mib = 0.0
+
+    def open(self, contestant: Contestant, threads: int) -> dict[str, float]:
+        """Load the model; says what the libraries alone take and how long the loading took."""
+        prepare(contestant, threads)
+        self.baseline_mib = memory.resident_mib()
+        started = time.perf_counter()
+        self.runtime = open_runtime(contestant, threads)
+        return {"baseline_mib": self.baseline_mib, "open_s": significant(time.perf_counter() - started)}
+
+    def answer(self, entry: BenchmarkEntry, request: Request) -> dict[str, Any]:
+        """The outputs of one request."""
+        return dict(self.runtime.answer(entry, request))
+
+    def time(self, entry: BenchmarkEntry, requests: Sequence[Request], *, wake: bool) -> list[float]:
+        """Seconds of each request; with `wake` the first is answered once before, to bring back caches and threads."""
+        if wake:
+            self.runtime.answer(entry, requests[0])
+        seconds = []
+        for request in requests:
+            started = time.perf_counter()
+            self.runtime.answer(entry, request)
+            seconds.append(time.perf_counter() - started)
+        return seconds
+
+    def slate_error(self, request: Request, slates: Array) -> float:
+        """How far any item of these slates stands below the best choice, by eager PyTorch."""
+        if not isinstance(self.runtime, Eager):
+            raise UsageError("slates are judged by eager PyTorch alone")
+        return self.runtime.slate_error(request, slates)
+
+    def reset_peak(self) -> None:
+        """Begin to look for the most memory anew."""
+        memory.reset_peak()
+
+    def peak_mib(self) -> float:
+        """The most memory since `reset_peak`, less what the libraries took before the model was loaded."""
+        return memory.peak_mib() - self.baseline_mib
+
+    def gemm_gflops(self, config: HSTUConfig, rows: int, precision: str) -> float | None:
+        """See `stages.measure.ceiling`."""
+        from stages.measure.ceiling import gemm_gflops
+
+        return gemm_gflops(config, rows, precision)
+
+    def calibration_ms(self) -> float:
+        """See `stages.measure.ceiling`."""
+        from stages.measure.ceiling import calibration_ms
+
+        return calibration_ms()
+
+
+def serve(connection: Connection) -> None:
+    """Answer calls until the parent closes the connection."""
+    seat = Seat()
+    while True:
+        try:
+            method, arguments, options = connection.recv()
+        except EOFError:
+            return
+        try:
+            reply = getattr(seat, method)(*arguments, **options)
+        except CompilerError as error:
+            reply = error  # anything else ends this process; the parent shows the end of its log
+        connection.send(reply)
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))
