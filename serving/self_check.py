@@ -1,0 +1,60 @@
+"""What every engine must show: asked again it answers the same, and nobody's answer depends on the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from hstu.errors import GateError
+from hstu.signature import EntryName, entry
+from serving.engine import Array, Engine
+
+CALLS = (1, 3, 10)  # some runtimes drift from the second call on, some when a buffer is used again
+
+
+def check_repeatable(engine: Engine, name: EntryName, feeds: Mapping[str, Array]) -> None:
+    """The first, third and tenth answer to `feeds` are the same bits; GateError names the output that is not."""
+    answers = {call: engine.run(name, feeds) for call in range(1, max(CALLS) + 1)}
+    first = answers[CALLS[0]]
+    for call in CALLS[1:]:
+        for output, values in first.items():
+            if not np.array_equal(values, answers[call][output], equal_nan=True):
+                raise GateError(
+                    f"{engine.backend} {engine.precision}: entry {name!r} answers differently when asked again",
+                    got=f"{output} of call {call} is not that of call 1",
+                    expected="the same bits",
+                    fix="build this engine with another backend",
+                )
+
+
+def check_independent(engine: Engine, name: EntryName, feeds: Mapping[str, Array], *, limit: float) -> float:
+    """Every row of the batch gets the answer it gets alone, up to `limit`; returns the largest difference.
+
+    Alone a history is not padded, so this holds the padding against none as well. Item ids are not
+    compared: where scores tie up to rounding their order may differ.
+    """
+    together = engine.run(name, feeds)
+    signature = entry(engine.config, name)
+    letters = {spec.name: spec.shape for spec in signature.inputs}
+    worst = 0.0
+    for row, length in enumerate(feeds["lengths"].tolist()):
+        alone = engine.run(
+            name,
+            {
+                key: values[row : row + 1, : max(1, length)] if "L" in letters[key] else values[row : row + 1]
+                for key, values in feeds.items()
+            },
+        )
+        for spec in signature.outputs:
+            if spec.dtype == "float32":
+                difference = np.abs(alone[spec.name][0] - together[spec.name][row]).max(initial=0.0)
+                worst = max(worst, float(difference) if np.isfinite(difference) else float("inf"))
+    if not worst <= limit:
+        raise GateError(
+            f"{engine.backend} {engine.precision}: an answer of entry {name!r} depends on who shares the batch",
+            got=f"it differs by {worst:.3g} from the answer alone",
+            expected=f"at most {limit:g}",
+            fix="build this engine with another backend or precision",
+        )
+    return worst
