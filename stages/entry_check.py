@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,14 @@ from serving.engine import Array
 from serving.engines.onnxruntime import PROVIDER, session_options
 
 RunEntry = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """Inputs of an entry and what it must answer."""
+
+    feeds: Mapping[str, Array]
+    expected: Mapping[str, Array]
 
 
 def random_feeds(
@@ -97,19 +106,22 @@ def onnxruntime_entry(path: Path) -> RunEntry:
     return run
 
 
-def require_equal(
-    config: HSTUConfig, name: EntryName, expected: RunEntry, got: RunEntry, *, seed: int, what: str, fix: str
-) -> float:
-    """The worst error over the check batches; GateError with the figures when it exceeds the fp32 tolerance."""
+def run_cases(config: HSTUConfig, name: EntryName, run: RunEntry, *, seed: int) -> list[Case]:
+    """The check batches with the answers of a runtime that is trusted."""
+    return [Case(feeds=feeds, expected=run(feeds)) for feeds in check_batches(config, name, seed=seed)]
+
+
+def require_equal(name: EntryName, cases: Sequence[Case], run: RunEntry, *, what: str, fix: str) -> float:
+    """The worst error over the cases; GateError with the figures when it exceeds the fp32 tolerance."""
     limit = TOLERANCES["fp32"].max_abs_error
     worst = 0.0
-    for feeds in check_batches(config, name, seed=seed):
-        error = worst_error(expected(feeds), got(feeds))
+    for case in cases:
+        error = worst_error(case.expected, run(case.feeds))
         worst = max(worst, error)
         if not error <= limit:
             raise GateError(
                 f"{what}: entry {name!r} does not give the same answer",
-                got=f"max abs error {error:.3g} on histories of {feeds['lengths'].tolist()} events",
+                got=f"max abs error {error:.3g} on histories of {case.feeds['lengths'].tolist()} events",
                 expected=f"at most {limit:g}",
                 fix=fix,
             )

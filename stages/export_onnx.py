@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,11 @@ def run(params: ExportOnnxParams, inputs: Mapping[str, Artifact], folder: Path) 
     for name in entry_names(config):
         path = folder / f"{name}.onnx"
         onnx_files.check_file(path)
+        cases = entry_check.run_cases(config, name, partial(eager.run, name), seed=params.check_seed)
         errors[name] = entry_check.require_equal(
-            config,
             name,
-            lambda feeds, name=name: eager.run(name, feeds),  # type: ignore[misc]
+            cases,
             entry_check.onnxruntime_entry(path),
-            seed=params.check_seed,
             what="export-onnx: ONNX Runtime against eager PyTorch",
             fix="look for weights of extreme size in the checkpoint; a healthy model stays far below this",
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hstu.model import HSTU, history_from_feeds
 from hstu.signature import Entry, EntryName, entry
 from stages.entry_check import random_feeds
-from stages.onnx_files import SCOPE, WeightsWriter, check_interface, move_weights
+from stages.onnx_files import WeightsWriter, check_interface, move_weights
 
 _PREFIX = "model."  # the attribute of EntryModule; torch puts it before every name
 _TRACED_LENGTHS = [3, 2, 5, 4]  # any sizes above 1 do: no dimension of a letter is specialised
@@ -42,8 +42,8 @@ class EntryModule(nn.Module):
 def export_entry(model: HSTU, name: EntryName, *, opset: int, writer: WeightsWriter) -> onnx.ModelProto:
     """The entry's graph with the signature's names, dtypes and dynamic axes; large weights go to `writer`.
 
-    Standard operators only. Weights keep the names of the checkpoint, each node the module it came from
-    (metadata `scope`); nothing else of the exporter's bookkeeping stays.
+    Standard operators only. Weights keep the names of the checkpoint; a node is called
+    `<module>/<operator>`, such as `layers.0.attention/Sigmoid_12`, after the module it was traced in.
     """
     signature = entry(model.config, name)
     lengths = [min(length, model.config.max_history) for length in _TRACED_LENGTHS]
@@ -102,10 +102,9 @@ def _cleaned(model: onnx.ModelProto, signature: Entry) -> onnx.ModelProto:
         if scope is None:  # the exporter loses it for operators with several outputs
             scope = next((scopes[name] for name in node.input if name in scopes), "")
         scopes |= dict.fromkeys(node.output, scope)
+        node.name = f"{scope}/{node.name.removeprefix('node_')}"
         node.ClearField("doc_string")
         del node.metadata_props[:]
-        if scope:
-            node.metadata_props.add(key=SCOPE, value=scope)
     for node in graph.node:
         node.input[:] = [name.removeprefix(_PREFIX) for name in node.input]
         node.output[:] = [name.removeprefix(_PREFIX) for name in node.output]

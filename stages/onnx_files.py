@@ -25,7 +25,6 @@ from hstu.signature import Entry
 WEIGHTS = "weights.bin"
 INLINE_BYTES = 1024  # at most this much stays inside the .onnx file
 _ALIGNMENT = 64
-SCOPE = "scope"  # metadata key of a node: the module it was traced in, such as layers.0.attention
 
 
 class WeightsWriter:
@@ -74,13 +73,16 @@ def write_model(model: onnx.ModelProto, folder: Path, name: str, writer: Weights
     (folder / f"{name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
 
 
+def scope(node_name: str) -> str:
+    """The module a node was traced in, which stands before the slash of its name: "layers.0.attention"."""
+    return node_name.rpartition("/")[0]
+
+
 def write_models(models: Mapping[str, onnx.ModelProto], folder: Path) -> None:
-    """One .onnx file per entry and their shared `weights.bin`; the models given are left as they are."""
+    """One .onnx file per entry and their shared `weights.bin`, to which the models given refer afterwards."""
     with open_weights(folder) as writer:
         for name, model in models.items():
-            copy = onnx.ModelProto()
-            copy.CopyFrom(model)
-            write_model(copy, folder, name, writer)
+            write_model(model, folder, name, writer)
 
 
 def read_models(folder: Path, names: Sequence[str]) -> dict[str, onnx.ModelProto]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from hstu.artifact import Artifact, write_manifest
-from stages import export_onnx
-from tests.models import write_checkpoint
+from hstu.model import HSTU
+from stages import export_onnx, surgery
+from tests.models import TINY_RESEARCH, random_model, tiny_config, write_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +25,24 @@ def exported(checkpoint: Artifact) -> Artifact:
     return export(checkpoint, checkpoint.path.parent / "export-onnx")
 
 
+@pytest.fixture(scope="session")
+def surgered(exported: Artifact) -> Artifact:
+    """The surgery artifact of `exported`, every pass applied."""
+    return operate(exported, exported.path.parent / "surgery")
+
+
+@pytest.fixture(
+    scope="session",
+    params=[TINY_RESEARCH, tiny_config(num_layers=1, num_heads=1, num_items=9)],
+    ids=["research", "one-layer"],
+)
+def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[HSTU, Artifact]:
+    """A model of another shape than `TINY` and its export-onnx artifact, at opset 21."""
+    model = random_model(request.param, seed=5)
+    folder = tmp_path_factory.mktemp("variant")
+    return model, export(write_checkpoint(folder / "checkpoint", model), folder / "export-onnx", opset=21)
+
+
 def export(checkpoint: Artifact, folder: Path, *, opset: int = 20) -> Artifact:
     """Run export-onnx into `folder`, which then is an artifact."""
     folder.mkdir(parents=True)
@@ -31,3 +50,12 @@ def export(checkpoint: Artifact, folder: Path, *, opset: int = 20) -> Artifact:
     export_onnx.run(params, {"checkpoint": checkpoint}, folder)
     inputs: Mapping[str, str] = {"checkpoint": checkpoint.id}
     return write_manifest(folder, stage="export-onnx", params={"opset": opset}, inputs=inputs, toolchain={})
+
+
+def operate(exported: Artifact, folder: Path, passes: tuple[str, ...] = tuple(surgery.MODULES)) -> Artifact:
+    """Run surgery into `folder`, which then is an artifact."""
+    folder.mkdir(parents=True)
+    params = surgery.SurgeryParams(passes=passes, check_seed=0)  # type: ignore[arg-type]
+    surgery.run(params, {"export-onnx": exported}, folder)
+    inputs = {"export-onnx": exported.id}
+    return write_manifest(folder, stage="surgery", params={"passes": passes}, inputs=inputs, toolchain={})

@@ -11,8 +11,8 @@ import onnx
 import pytest
 
 from hstu.artifact import Artifact
-from hstu.config import HSTUConfig
 from hstu.errors import GateError, ParameterError
+from hstu.model import HSTU
 from hstu.signature import entry
 from serving.engines.torch import TorchEngine
 from stages import entry_check, export_onnx, exporter, onnx_files
@@ -63,13 +63,14 @@ def test_every_large_weight_is_stored_once(exported: Artifact) -> None:
     assert set(model.state_dict()) <= names  # weights keep the checkpoint's names
 
 
-def test_nodes_carry_their_module_and_nothing_of_the_machine(exported: Artifact) -> None:
+def test_nodes_are_named_after_their_module_and_nothing_of_the_machine(exported: Artifact) -> None:
     model = onnx.load(exported.file("rank.onnx"), load_external_data=False)
-    scopes = {prop.value for node in model.graph.node for prop in node.metadata_props}
+    scopes = {onnx_files.scope(node.name) for node in model.graph.node}
     assert {f"layers.{i}.{part}" for i in (0, 1) for part in ("uvqk", "output", "candidate_attention")} <= scopes
     assert "layers.0.attention" in scopes
     for name in ("retrieve", "rank"):
         data = exported.file(f"{name}.onnx").read_bytes()
+        assert b"pkg." not in data
         assert not re.search(rb"/[a-z]+/|\.py\b|stack_trace|pytorch|_torch", data)
 
 
@@ -78,20 +79,16 @@ def test_same_checkpoint_same_bytes(exported: Artifact, tmp_path: Path) -> None:
     assert export(checkpoint, tmp_path / "again").manifest["files"] == exported.manifest["files"]
 
 
-@pytest.mark.parametrize("config", [TINY_RESEARCH, HSTUConfig(**{**TINY.to_dict(), "num_items": 7, "num_heads": 1})])
-def test_other_variants_export(config: HSTUConfig, tmp_path: Path) -> None:
-    model = random_model(config)
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", model)
-    artifact = export(checkpoint, tmp_path / "export", opset=21)
-    assert ("rank.onnx" in artifact.manifest["files"]) == bool(config.tasks)
-    feeds = random_histories(config, seed=3).feeds(config)
+def test_other_variants_export(variant: tuple[HSTU, Artifact]) -> None:
+    model, artifact = variant
+    assert ("rank.onnx" in artifact.manifest["files"]) == bool(model.config.tasks)
+    feeds = random_histories(model.config, seed=3).feeds(model.config)
     got = entry_check.onnxruntime_entry(artifact.file("retrieve.onnx"))(feeds)
     assert entry_check.worst_error(TorchEngine(model, threads=1).run("retrieve", feeds), got) <= 1e-6
 
 
-def test_a_wrong_graph_is_refused_with_figures(
-    checkpoint: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_graph_is_refused_with_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", random_model(TINY_RESEARCH))
     right = exporter.export_entry
 
     def wrong(model: Any, name: Any, **options: Any) -> onnx.ModelProto:
