@@ -7,10 +7,12 @@ MODEL_TYPE = "hstu"
 
 
 def register() -> None:
-    """vLLM knows the config, the architecture, its serving defaults and its attention backend; safe to call again."""
+    """vLLM knows the config, the model, its defaults, its renderer and its attention; safe to call again."""
     from transformers import AutoConfig
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.renderers.registry import RENDERER_REGISTRY
+    from vllm.tokenizers.registry import TokenizerRegistry
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     from serving.vllm_plugin.config import HSTUPretrainedConfig, HSTUServingDefaults
@@ -19,6 +21,9 @@ def register() -> None:
     AutoConfig.register(MODEL_TYPE, HSTUPretrainedConfig, exist_ok=True)
     MODELS_CONFIG_MAP[ARCHITECTURE] = HSTUServingDefaults
     register_backend(AttentionBackendEnum.CUSTOM, "serving.vllm_plugin.attention.HSTUAttentionBackend")
+    if MODEL_TYPE not in RENDERER_REGISTRY.renderers:
+        RENDERER_REGISTRY.register(MODEL_TYPE, "serving.vllm_plugin.renderer", "HSTURenderer")
+        TokenizerRegistry.register(MODEL_TYPE, "vllm.tokenizers.hf", "CachedHfTokenizer")
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         # The class, not its name: a name costs vLLM a subprocess to look inside (seconds at every start).
         ModelRegistry.register_model(ARCHITECTURE, HSTUForCausalLM)

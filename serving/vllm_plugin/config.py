@@ -10,6 +10,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from hstu.config import HSTUConfig
 from hstu.signature import MAX_RESULTS
+from serving.vllm_plugin import MODEL_TYPE
 from serving.vllm_plugin.records import RECORD_WIDTH
 
 CONSTRAINT = "serving.vllm_plugin.constraints:SlateConstraint"
@@ -42,6 +43,7 @@ class HSTUServingDefaults(VerifyAndUpdateConfig):  # type: ignore[misc]
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         model_config.enable_prompt_embeds = True
+        model_config.tokenizer_mode = MODEL_TYPE  # chooses the renderer, which checks every prompt
         if model_config.runner_type != "generate":
             return
         processors = list(model_config.logits_processors or [])

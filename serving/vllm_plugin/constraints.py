@@ -3,7 +3,8 @@
 A request changes it through `SamplingParams.extra_args` (`vllm_xargs` over HTTP):
     deny_items: item ids that may not be chosen        allow_items: item ids that alone may be chosen
     exclude_history: true = nothing of the prompt      allow_repeats: true = an item may come again
-Padding is no item: the model itself gives id 0 the logit -inf.
+Padding is no item: the model itself gives id 0 the logit -inf. Where every item is forbidden, 0 is chosen, with
+logit 0: a slate that holds a 0 ends there.
 """
 
 # ruff: noqa: ARG002 — the signatures are vLLM's
@@ -51,10 +52,12 @@ class SlateConstraint(LogitsProcessor):  # type: ignore[misc]
                 isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) and i > 0 for i in value)
             ):
                 raise VLLMValidationError(f"{name} must be a list of item ids (1 and up)", parameter=name)
-        if args.get("allow_items") == []:
-            raise VLLMValidationError("allow_items allows no item", parameter="allow_items")
+        allowed = set(args.get("allow_items") or ()) - set(args.get("deny_items") or ())
+        wanted = 1 if args.get("allow_repeats") else sampling_params.max_tokens or 1
+        if args.get("allow_items") is not None and len(allowed) < wanted:
+            raise VLLMValidationError(f"{len(allowed)} items are allowed and {wanted} wanted", parameter="allow_items")
         for name in SWITCHES:
-            if not isinstance(args.get(name, False), bool):
+            if args.get(name, False) not in (True, False):  # over HTTP `true` arrives as 1.0
                 raise VLLMValidationError(f"{name} must be true or false", parameter=name)
         if sampling_params.repetition_penalty != 1.0:
             raise VLLMValidationError(
@@ -80,7 +83,17 @@ class SlateConstraint(LogitsProcessor):  # type: ignore[misc]
                 rows += [row] * len(rule.chosen)
         if rows:
             logits[torch.tensor(rows, device=logits.device), torch.tensor(columns, device=logits.device)] = -torch.inf
+        for row in self._close_to_nothing():
+            logits[row, 0] = torch.where(logits[row].isneginf().all(), 0.0, logits[row, 0])
         return logits
+
+    def _close_to_nothing(self) -> list[int]:
+        """Rows that may have no item left."""
+        num_forbidden = {
+            row: len(rule.chosen or ()) + (0 if rule.denied is None else len(rule.denied))
+            for row, rule in self.rules.items()
+        }
+        return [r for r, n in num_forbidden.items() if n >= self.num_tokens - 1 or self.rules[r].forbidden is not None]
 
     def _rule(self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> Rule | None:
         args: dict[str, Any] = params.extra_args or {}

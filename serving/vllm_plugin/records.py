@@ -82,6 +82,37 @@ def decode_records(rows: Tensor) -> Events:
     )
 
 
+def check_records(rows: Tensor, config: HSTUConfig) -> list[int]:
+    """The items of `rows` [L, width]; InputError unless they are the records of a history this model can take."""
+    width = max(config.embedding_dim, RECORD_WIDTH)
+    if rows.dim() != 2 or rows.shape[1] != width or not rows.is_floating_point():
+        raise InputError("not rows of records", got=f"{rows.dtype} {list(rows.shape)}", expected=f"floats [L, {width}]")
+    if not 1 <= len(rows) <= config.max_history:
+        raise InputError(
+            "the history has too few or too many events", got=len(rows), expected=f"1..{config.max_history}"
+        )
+    channels = rows[:, :RECORD_WIDTH].float().numpy()
+    with np.errstate(invalid="ignore"):
+        values = channels.astype(np.uint8)
+    if not np.array_equal(values, channels):
+        raise InputError("not records: a channel is not a byte", expected="whole numbers 0..255")
+    records = np.ascontiguousarray(values).view(_LAYOUT)[:, 0]
+    _check(records["kind"] == EVENT, records["kind"], "records of another kind", f"{EVENT}")
+    items = records["item"]
+    _check((items >= 1) & (items <= config.num_items), items, "unknown items", f"1..{config.num_items}")
+    actions = records["action"]
+    _check(actions < max(1, config.num_actions), actions, "unknown actions", f"0..{max(0, config.num_actions - 1)}")
+    times, next_times = records["time"], records["next_time"]
+    _check(times[1:] == next_times[:-1], next_times[:-1], "an event's next time is not that of the next event", "equal")
+    _check(times[1:] >= times[:-1], times[1:], "times fall", "oldest event first")
+    return items.tolist()  # type: ignore[no-any-return]
+
+
+def _check(right: npt.NDArray[np.bool_], values: npt.NDArray[np.generic], what: str, expected: str) -> None:
+    if not right.all():
+        raise InputError(what, got=values[~right][:5].tolist(), expected=expected)
+
+
 def records_from_histories(histories: Histories, config: HSTUConfig) -> list[Tensor]:
     """One prompt of rows float32 [length, width] a user; InputError when a history is empty or too long."""
     lengths = histories.lengths

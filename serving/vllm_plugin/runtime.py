@@ -21,6 +21,7 @@ from hstu.config import HSTUConfig
 from hstu.data.histories import Histories
 from hstu.errors import ArtifactError, InputError
 from hstu.model import l2_normalize
+from serving.engine import check_feeds
 from serving.slate import check_slate
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def _close(engines: dict[Runner, LLM]) -> None:
         _in_use.remove(engine)
         client = engine.llm_engine.engine_core
         if isinstance(client, InprocClient):
-            client.engine_core.model_executor.shutdown()
+            if _in_use:
+                client.engine_core.model_executor.shutdown()
             _emptied.append(engine)
         else:
             client.shutdown()
@@ -94,6 +96,7 @@ class VllmRuntime:
         } | engine_options
         self._engines: dict[Runner, LLM] = {}
         self._finalizer = weakref.finalize(self, _close, self._engines)
+        self._finalizer.atexit = False  # a process that ends frees it all at once
         self._items: torch.Tensor | None = None
 
     def embed(self, histories: Histories) -> Array:
@@ -167,12 +170,8 @@ class VllmRuntime:
     def _prompts(self, histories: Histories) -> list[dict[str, Any]]:
         from serving.vllm_plugin.records import records_from_histories
 
-        items = np.split(histories.item_ids, histories.offsets[1:-1])
-        return [
-            # The ids beside the records are for the constraint alone; none of them is run through the model.
-            {"prompt_embeds": rows, "prompt_token_ids": ids.tolist(), "prompt_is_token_ids": [False] * len(ids)}
-            for rows, ids in zip(records_from_histories(histories, self.config), items, strict=True)
-        ]
+        check_feeds(self.config, "retrieve", histories.feeds(self.config))
+        return [{"prompt_embeds": rows} for rows in records_from_histories(histories, self.config)]
 
     def _item_table(self) -> torch.Tensor:
         """Normalised embeddings float32 [num_items, D] of the real items."""

@@ -255,14 +255,33 @@ def test_bad_requests_are_refused_and_the_engine_lives(runtime: VllmRuntime, mod
 
     engine = runtime._engine("generate")
     greedy = SamplingParams(temperature=0, max_tokens=2)
-    for ids in ([CONFIG.num_items + 1], [-1], [2**40], [], [1] * CONFIG.max_length):
-        with pytest.raises(VLLMValidationError):
-            engine.generate({"prompt_token_ids": ids}, greedy, use_tqdm=False)
+    rows = runtime._prompts(random_histories(CONFIG, lengths=[4]))[0]["prompt_embeds"]
+    wrong_rows = [
+        rows[:, :-1],
+        torch.full_like(rows, torch.nan),
+        rows + 0.5,
+        rows.flip(0),
+        rows[:0],
+        rows[0],
+        rows.int(),
+    ]
+    for prompt in (
+        *({"prompt_token_ids": ids} for ids in ([CONFIG.num_items + 1], [-1], [0], [2**40], [], [1] * 91)),
+        *({"prompt_embeds": wrong} for wrong in wrong_rows),
+        "3 nothing",
+        "3 0",
+        "3 151",
+        "3 99999999999999999999999",
+        "3 ٣",
+    ):
+        with pytest.raises((VLLMValidationError, ValueError)):
+            engine.generate(prompt, greedy, use_tqdm=False)
     for wrong in (
         {"extra_args": {"deny_items": "3"}},
         {"extra_args": {"deny_items": [0]}},
         {"extra_args": {"allow_items": []}},
-        {"extra_args": {"allow_repeats": 1}},
+        {"extra_args": {"allow_repeats": "yes"}},
+        {"extra_args": {"allow_items": [4]}},
         {"repetition_penalty": 1.2},
     ):
         with pytest.raises(VLLMValidationError):
@@ -275,6 +294,37 @@ def test_bad_requests_are_refused_and_the_engine_lives(runtime: VllmRuntime, mod
         runtime.retrieve(random_histories(CONFIG), CONFIG.num_items + 1)
     histories = random_histories(CONFIG, num_users=3, seed=12)
     _assert_slates(model, histories, *runtime.greedy_slates(histories, 3))
+
+
+def test_a_slate_ends_where_no_item_is_left(runtime: VllmRuntime) -> None:
+    from vllm import SamplingParams
+
+    everything = list(range(1, CONFIG.num_items + 1))
+    args = [
+        {"deny_items": everything[2:]},
+        {"deny_items": everything},
+        {"deny_items": everything[1:], "allow_repeats": True},
+    ]
+    params = [SamplingParams(temperature=0, max_tokens=4, logprobs=0, detokenize=False, extra_args=a) for a in args]
+    prompts = runtime._prompts(random_histories(CONFIG, num_users=3, seed=15))
+    with torch.compiler.set_stance("force_eager"):
+        outputs = [o.outputs[0] for o in runtime._engine("generate").generate(prompts, params, use_tqdm=False)]
+    assert sorted(outputs[0].token_ids[:2]) == [1, 2]
+    assert outputs[0].token_ids[2:] == [0, 0]
+    assert outputs[1].token_ids == [0, 0, 0, 0]
+    assert outputs[2].token_ids == [1, 1, 1, 1]
+    assert all(np.isfinite(step[i].logprob) for o in outputs for i, step in zip(o.token_ids, o.logprobs, strict=True))
+
+
+def test_text_is_item_ids(runtime: VllmRuntime) -> None:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=5)
+    by_text, by_ids = runtime._engine("generate").generate(
+        ["3 10 150", {"prompt_token_ids": [3, 10, 150]}], params, use_tqdm=False
+    )
+    assert by_text.outputs[0].token_ids == by_ids.outputs[0].token_ids
+    assert by_text.outputs[0].text.split() == [str(i) for i in by_ids.outputs[0].token_ids]
 
 
 def test_nothing_asked_nothing_answered(runtime: VllmRuntime) -> None:
