@@ -25,6 +25,7 @@ BACKENDS = {  # backend name → module that holds `open_engine(folder, spec, *,
     "onnxruntime": "serving.engines.onnxruntime",
     "openvino": "serving.engines.openvino",
     "tensorrt": "serving.engines.tensorrt",
+    "tensorrt-rtx": "serving.engines.tensorrt",
 }
 
 
