@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -13,7 +14,10 @@ from stages.contract import say
 from stages.lineage import Copy, lineage_copies
 
 if TYPE_CHECKING:
+    from hstu.tolerances import Tolerance
     from serving.engine import Engine
+
+Golden = Mapping[str, Mapping[str, Mapping[str, Any]]]  # inputs or outputs → entry → tensor
 
 # Which files of a bundle are copies of an upstream artifact's: stage → (folder below the bundle, only these).
 _COPIED: dict[str, tuple[str, tuple[str, ...] | None]] = {
@@ -126,10 +130,13 @@ def replay(artifact: Artifact) -> dict[str, Any]:
 
     path = artifact.path
     golden = {kind: _arrays(artifact.file(f"golden/{kind}.npz")) for kind in ("inputs", "outputs")}
-    results: dict[str, Any] = {"torch": _replay_engine("torch", open_torch_engine(path), golden)}
+    results: dict[str, Any] = {
+        "torch": _replay_engine("torch", open_torch_engine(path), golden, _limits(artifact, "torch", "fp32"))
+    }
     engines = sorted({name.split("/")[1] for name in artifact.manifest["files"] if name.startswith("engines/")})
     for name in engines:
         spec = read_spec(path / "engines" / name)
+        limits = _limits(artifact, name, spec.precision)
         if not spec.executed:
             results[name] = {"skipped": f"built for {spec.backend}, which does not execute on this machine"}
         else:
@@ -138,19 +145,27 @@ def replay(artifact: Artifact) -> dict[str, Any]:
             except MissingBackendError as error:
                 results[name] = {"skipped": error.what}
             else:
-                results[name] = _replay_engine(name, engine, golden)
+                results[name] = _replay_engine(name, engine, golden, limits)
         if "skipped" in results[name]:
             say(f"{name}: not replayed, {results[name]['skipped']}")
     return results
 
 
-def _replay_engine(name: str, engine: Engine, golden: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+def _limits(artifact: Artifact, name: str, precision: str) -> Tolerance:
+    """What the engine was gated with: its precision's tolerance, and those limits that build-engine was given."""
     from hstu.tolerances import TOLERANCES
+
+    if precision not in TOLERANCES:
+        raise ArtifactError(f"{name}: no such precision", got=precision, expected=", ".join(TOLERANCES))
+    built = lineage_copies(artifact.path).get(f"build-engine-{name}")
+    params = built.manifest["params"] if built else {}
+    given = {limit: params[limit] for limit in asdict(TOLERANCES[precision]) if params.get(limit) is not None}
+    return replace(TOLERANCES[precision], **given)
+
+
+def _replay_engine(name: str, engine: Engine, golden: Golden, tolerance: Tolerance) -> dict[str, Any]:
     from serving.engine import check_feeds
 
-    if engine.precision not in TOLERANCES:
-        raise ArtifactError(f"{name}: no such precision", got=engine.precision, expected=", ".join(TOLERANCES))
-    tolerance = TOLERANCES[engine.precision]
     entries: dict[str, dict[str, float]] = {}
     try:
         for entry, feeds in golden["inputs"].items():

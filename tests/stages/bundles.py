@@ -18,6 +18,12 @@ ENGINE = {"backend": "onnxruntime", "precision": "fp32", "entries": {"retrieve":
 
 CONFIG = tiny_config(num_layers=1, tasks=(), head_dim=0)  # one layer and one entry: exported in seconds
 
+PARAMS: dict[str, dict[str, Any]] = {
+    "prepare-data": {"source": "reference"},
+    "checkpoint": {"source": "reference"},
+    "build-engine": {"precision": "fp32", "max_abs_error": 2e-5, "min_cosine": None},
+}
+
 
 def write_artifacts(artifacts: Path) -> Path:
     """Every artifact from prepare-data to a bundle below `artifacts`; returns the bundle's folder."""
@@ -28,7 +34,7 @@ def write_artifacts(artifacts: Path) -> Path:
         made[name] = write_manifest(
             artifacts / name,
             stage=stage,
-            params={"source": "reference"} if stage in ("prepare-data", "checkpoint") else {},
+            params=PARAMS.get(stage, {}),
             inputs={parent: made[parent].id for parent in inputs},
             toolchain={},
             platform=platform or None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 
 from hstu.artifact import MANIFEST, encode_json, open_artifact, sha256_file
 from hstu.errors import ArtifactError, GateError, UsageError
-from stages.verify import compare, render, replay, verify
+from hstu.tolerances import TOLERANCES
+from stages.verify import _limits, compare, render, replay, verify
 from tests.stages.bundles import checksummed, rewrite, write_artifacts
 
 
@@ -208,3 +210,9 @@ def test_task_scores_are_compared_too() -> None:
     assert np.isnan(compare({"task_scores": other}, golden, 1e-5)["max_abs_error"])
     with pytest.raises(GateError, match="not those of the golden answers"):
         compare({"task_scores": other[:1]}, golden, 1e-5)
+
+
+def test_an_engine_is_held_to_the_limits_it_was_built_with(whole: Path) -> None:
+    artifact = open_artifact(whole)
+    assert _limits(artifact, "fp32", "fp32") == replace(TOLERANCES["fp32"], max_abs_error=2e-5)
+    assert _limits(artifact, "torch", "fp32") == TOLERANCES["fp32"]
