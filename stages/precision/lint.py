@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from hstu.errors import CompilerError
 from stages.passes.lint import Finding
 from stages.precision.regions import Body, infer_types
 
@@ -26,7 +27,10 @@ _LINEARS = {"MatMul", "Gemm"}
 def lint_precision(model: onnx.ModelProto) -> list[Finding]:
     """Every fault of a lowered model; an empty list when there is none."""
     graph = ir.from_proto(model)
-    infer_types(graph)
+    try:
+        infer_types(graph)
+    except (onnx.shape_inference.InferenceError, CompilerError) as error:
+        return [Finding(rule="types", where="model", message=str(error))]
     found = [*_runtime_only(graph), *_quantizers(graph), *_dequantizers(graph)]
     for where, body in (("graph", graph.graph), *((f"function {f.name}", f) for f in graph.functions.values())):
         found += _strong_types(where, body)

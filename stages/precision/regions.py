@@ -49,7 +49,8 @@ def drop_unused(graph: ir.Graph) -> None:
 
 def convert(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str) -> ir.TensorProtocol:
     """The tensor's values rounded to `dtype` (to nearest even); CompilerError when one does not fit."""
-    values = tensor.numpy().astype(dtype.numpy())
+    with np.errstate(over="ignore"):  # found out below, by name
+        values = tensor.numpy().astype(dtype.numpy())
     if not np.isfinite(values.astype(np.float32)).all():
         raise CompilerError(f"weight {name!r} does not fit {dtype.name}", fix="use bf16 or fp32 for this checkpoint")
     return ir.Tensor(values, dtype=dtype, name=name)
@@ -146,8 +147,12 @@ def infer_types(model: ir.Model) -> None:
 
     A function is typed by its calls: all of them must pass the same types.
     """
-    inferred = onnx.shape_inference.infer_shapes(ir.to_proto(model))
-    _set_types(model.graph, inferred.graph)
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]  # what was known before a rewrite
+    _set_types(model.graph, onnx.shape_inference.infer_shapes(proto).graph)
+    for value in model.graph.initializers.values():
+        assert value.const_value is not None
+        value.dtype = value.const_value.dtype
     for identifier, function in model.functions.items():
         calls = [node for node in model.graph if node.op_identifier() == identifier]
         passed = {tuple(None if v is None else v.dtype for v in node.inputs) for node in calls}
