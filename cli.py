@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -62,14 +62,16 @@ class Settings:
 
 PANEL = "Everywhere"
 ParamsOption = Annotated[
-    Path | None, typer.Option("--params", help="Parameters [params.yaml].", rich_help_panel=PANEL)
+    Path | None, typer.Option("--params", help="Parameters (default: params.yaml).", rich_help_panel=PANEL)
 ]
 ArtifactsOption = Annotated[
-    Path | None, typer.Option("--artifacts", help="Artifacts [artifacts].", rich_help_panel=PANEL)
+    Path | None, typer.Option("--artifacts", help="Artifacts (default: artifacts).", rich_help_panel=PANEL)
 ]
-ReportsOption = Annotated[Optional[Path], typer.Option("--reports", help="Reports [reports].", rich_help_panel=PANEL)]  # noqa: UP045
+ReportsOption = Annotated[
+    Path | None, typer.Option("--reports", help="Reports (default: reports).", rich_help_panel=PANEL)
+]
 SetOption = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option("-S", "--set", metavar="SECTION.KEY=VALUE", help="Override a parameter.", rich_help_panel=PANEL),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Results as JSON on stdout.", rich_help_panel=PANEL)]
@@ -153,7 +155,7 @@ def _stage_command(stage: Stage) -> None:
         choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
         metavar = "|".join(map(str, choices)) or getattr(hint, "__name__", str(hint)).upper()
         option = typer.Option(f"--{item.name.replace('_', '-')}", metavar=metavar, help=f"{stage.name}.{item.name}")
-        annotation = Annotated[Optional[str], option]  # noqa: UP045
+        annotation = Annotated[str | None, option]
         parameters.append(
             inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         )
@@ -209,9 +211,9 @@ def recommend(
     bundle: Annotated[Path, typer.Option(help="The bundle to answer from.")] = Path("artifacts/bundle"),
     k: Annotated[int, typer.Option("--k", "-k", help="Items per answer.")] = 10,
     runtime: Annotated[Literal["engine", "vllm", "torch"], typer.Option(help="What computes the answer.")] = "engine",
-    precision: Annotated[Optional[str], typer.Option(help="Which engine of the bundle [its default].")] = None,  # noqa: UP045
+    precision: Annotated[str | None, typer.Option(help="Which engine of the bundle (default: the bundle's).")] = None,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Add each user's embedding.")] = False,
-    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads [all cores].")] = None,  # noqa: UP045
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: all cores).")] = None,
 ) -> None:
     """Answer requests: JSON lines in, JSON lines out, in the same order."""
     from serving.bundle import open_bundle
@@ -240,7 +242,7 @@ def recommend(
 def benchmark(
     settings: Settings,
     case: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Cases to run [those of params.yaml].")
+        list[str] | None, typer.Option(metavar="NAME", help="Cases to run (default: benchmark.cases).")
     ] = None,
 ) -> None:
     """Measure every runtime of the bundle beside eager PyTorch; write benchmark.json and report.html."""
@@ -256,9 +258,11 @@ def benchmark(
 @command("gate")
 def gate(
     settings: Settings,
-    baseline: Annotated[Optional[Path], typer.Option(help="What to compare with [REPORTS/baseline.json].")] = None,  # noqa: UP045
+    baseline: Annotated[
+        Path | None, typer.Option(help="What to compare with (default: baseline.json in the reports).")
+    ] = None,
     accept: Annotated[bool, typer.Option("--accept", help="Make the current benchmark the baseline.")] = False,
-    reason: Annotated[Optional[str], typer.Option(help="Why the baseline changes (with --accept).")] = None,  # noqa: UP045
+    reason: Annotated[str | None, typer.Option(help="Why the baseline changes (with --accept).")] = None,
 ) -> None:
     """Compare reports/benchmark.json with the baseline; exit 5 on a regression."""
     from stages import gate as gating
@@ -276,10 +280,11 @@ def verify(
     run: Annotated[bool, typer.Option("--run", help="Replay the golden inputs too.")] = False,
 ) -> None:
     """Check every byte of an artifact, its lineage, and with --run its answers."""
+    from stages.verify import render
     from stages.verify import verify as check
 
     result = check(path, run=run)
-    settings.show(result)
+    settings.show(result, render(result))
 
 
 @command("lineage")
@@ -292,12 +297,79 @@ def lineage(settings: Settings, path: Annotated[Path, typer.Argument(help="An ar
 
 
 @command("doctor")
-def doctor(settings: Settings) -> None:
+def doctor(
+    settings: Settings,
+    machine_facts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Only write what engines depend on of this machine, as JSON."),
+    ] = None,
+) -> None:
     """Say what is installed, which device is here, and what each backend can do on it."""
-    from stages.doctor import examine, render
+    from stages.doctor import examine, render, write_machine_facts
 
+    if machine_facts is not None:
+        write_machine_facts(machine_facts)
+        return
     facts = examine()
     settings.show(facts, render(facts))
+
+
+@command("estimate")
+def estimate(
+    settings: Settings,
+    path: Annotated[Path | None, typer.Argument(help="A checkpoint or bundle, instead of a shape.")] = None,
+    embedding_dim: Annotated[int, typer.Option(help="D.")] = 1024,
+    num_layers: Annotated[int, typer.Option()] = 12,
+    num_heads: Annotated[int, typer.Option(help="H.")] = 16,
+    num_items: Annotated[int, typer.Option()] = 50_000,
+    max_history: Annotated[int, typer.Option(help="Events.")] = 2048,
+    qk_dim: Annotated[int | None, typer.Option(help="Per head (default: D / H).")] = None,
+    v_dim: Annotated[int | None, typer.Option(help="Per head (default: D / H).")] = None,
+    num_actions: Annotated[int, typer.Option(help="Rows of the action table; 0 = none.")] = 0,
+    num_gap_buckets: Annotated[int, typer.Option(help="Rows of the time-gap table; 0 = none.")] = 0,
+    head_dim: Annotated[int, typer.Option(help="Hidden width of the task heads; 0 = none.")] = 0,
+    precision: Annotated[str, typer.Option(metavar="fp32|fp16|bf16|int8")] = "fp32",
+    device: Annotated[str, typer.Option(help="A GPU such as h200, or 'here'.")] = "here",
+    batch: Annotated[int, typer.Option(help="Users at once.")] = 8,
+    length: Annotated[int | None, typer.Option(help="Events per user (default: max_history).")] = None,
+    candidates: Annotated[int, typer.Option(help="Candidates per user of the rank entry.")] = 128,
+) -> None:
+    """Count parameters, memory and operations by component, and say what fits on a device."""
+    from stages import estimate as estimating
+
+    config = (
+        estimating.config_at(path)
+        if path is not None
+        else estimating.config_of(
+            embedding_dim=embedding_dim,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_items=num_items,
+            max_history=max_history,
+            qk_dim=qk_dim,
+            v_dim=v_dim,
+            num_actions=num_actions,
+            num_gap_buckets=num_gap_buckets,
+            head_dim=head_dim,
+        )
+    )
+    found = estimating.estimate(
+        config, precision=precision, device_name=device, batch=batch, length=length, candidates=candidates
+    )
+    settings.show(found, estimating.render(found))
+
+
+@command("configure")
+def configure(
+    settings: Settings,
+    output: Annotated[Path, typer.Option(help="The params file to write.")] = Path("params.local.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
+) -> None:
+    """Write a params file fitted to this machine; use it with --params."""
+    from stages.configure import write_fitted_params
+
+    fitted = write_fitted_params(settings.params, output, overwrite=force)
+    settings.show(fitted.to_dict() | {"path": str(output)}, f"{output}\n{fitted.report}")
 
 
 @command("reference")
