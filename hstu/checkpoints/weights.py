@@ -70,9 +70,11 @@ def check_finite(weights: Mapping[str, Tensor], *, source: str) -> None:
 
 def model_from_weights(config: HSTUConfig, weights: Mapping[str, Tensor], *, source: str) -> HSTU:
     """The model of `config` in eval mode with exactly these weights, as float32, after every check above."""
-    check_names(
-        weights, expected_shapes(config), source=source, fix="let config.json and the weights come from one model"
-    )
+    fix = "let config.json and the weights come from one model"
+    if config.num_layers > len(weights):  # said before a list of that many missing tensors is made
+        got = f"{config.num_layers} layers, {len(weights)} tensors"
+        raise InputError(f"{source}: fewer tensors than layers", got=got, expected="several tensors a layer", fix=fix)
+    check_names(weights, expected_shapes(config), source=source, fix=fix)
     with torch.device("meta"):
         model = HSTU(config)
     weights = {name: value.detach().to(torch.float32).contiguous() for name, value in weights.items()}
