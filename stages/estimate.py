@@ -145,7 +145,7 @@ def _entry(
         return 4 * sum(part.parameters for part in parts) + activations(batch, None)
 
     flops = request_flops(config, name, length, count)
-    read = weights - (weight_bytes(parts[0], precision) if name == "rank" else 0)  # rank looks up a few items only
+    read = sum(weight_bytes(part, precision) for part in parts[name == "rank" :])  # rank looks up a few items only
     return {
         "eager_bytes": {"activations": activations(batch, None), "total": eager(batch)},
         "engine_bytes": {
@@ -165,8 +165,14 @@ def _entry(
 
 
 def _weights(config: HSTUConfig, precision: Precision) -> int:
-    """Bytes of an engine's weights: the parameters, and the reciprocal norm of every item."""
-    return sum(weight_bytes(part, precision) for part in components(config)) + 4 * config.num_items
+    """Bytes of an engine's weights: the parameters and the reciprocal norm of every item.
+
+    With two entries the last layer's projection stands there once more: retrieve has it split (k and v of all events,
+    u and q of the last), rank has it whole.
+    """
+    parts = {part.name: weight_bytes(part, precision) for part in components(config)}
+    split = parts["uvqk projections"] // config.num_layers if config.tasks else 0
+    return sum(parts.values()) + split + 4 * config.num_items
 
 
 def _bound(place: Device, precision: Precision, flops: int, moved: int) -> dict[str, float] | None:
@@ -206,7 +212,7 @@ def _assumptions(precision: Precision) -> list[str]:
         "fp32": "everything is float32",
         "fp16": "weights are float16; LayerNorm, the residual, item scores and time buckets are computed in float32",
         "bf16": "weights are bfloat16; LayerNorm, the residual, item scores and time buckets are computed in float32",
-        "int8": "the matrices are int8 with a float32 scale a column; tables, biases and attention stay float32",
+        "int8": "uvqk and hidden matrices are int8 with a float32 scale a column; all else stays float32",
     }[precision]
     return [
         wide,

@@ -20,7 +20,7 @@ WIDTH: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # by
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Component:
-    """A part of the model: `columns` is how many scales its int8 form needs (one per output column)."""
+    """A part of the model: `columns` is how many scales its int8 form has (one per output column), 0 if it has none."""
 
     name: str
     parameters: int
@@ -41,7 +41,7 @@ def components(config: HSTUConfig) -> list[Component]:
     n = c.num_layers
     parts += [
         _matrix("uvqk projections", n, c.embedding_dim, c.uvqk_dim),
-        _matrix("output projections", n, values, c.embedding_dim),
+        _matrix("output projections", n, values, c.embedding_dim, quantized=False),
         Component(name="output biases", parameters=n * c.embedding_dim, kind="vector"),
         Component(name="position bias tables", parameters=n * (2 * c.max_length - 1), kind="vector"),
         Component(name="time bias tables", parameters=n * (NUM_TIME_BUCKETS + 1), kind="vector"),
@@ -49,20 +49,23 @@ def components(config: HSTUConfig) -> list[Component]:
     if c.tasks:
         parts += [
             _matrix("head matrices (hidden)", 1, c.embedding_dim, c.head_dim),
-            _matrix("head matrices (logits)", 1, c.head_dim, len(c.tasks)),
+            _matrix("head matrices (logits)", 1, c.head_dim, len(c.tasks), quantized=False),
             Component(name="head biases", parameters=c.head_dim + len(c.tasks), kind="vector"),
         ]
     return parts
 
 
-def _matrix(name: str, count: int, rows: int, columns: int) -> Component:
-    return Component(name=name, parameters=count * rows * columns, kind="matrix", columns=count * columns)
+def _matrix(name: str, count: int, rows: int, columns: int, *, quantized: bool = True) -> Component:
+    scales = (
+        count * columns if quantized else 0
+    )  # what params.yaml leaves wide by default (build-engine.int8_keep_wide)
+    return Component(name=name, parameters=count * rows * columns, kind="matrix", columns=scales)
 
 
 def weight_bytes(part: Component, precision: Precision) -> int:
-    """Bytes of a component in an engine: int8 quantises matrices alone; fp16 and bf16 narrow everything."""
+    """Bytes of a component in an engine: int8 takes some matrices alone; fp16 and bf16 narrow everything."""
     if precision == "int8":
-        return part.parameters + 4 * part.columns if part.kind == "matrix" else 4 * part.parameters
+        return part.parameters + 4 * part.columns if part.columns else 4 * part.parameters
     return part.parameters * WIDTH[precision]
 
 

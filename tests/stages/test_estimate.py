@@ -169,6 +169,8 @@ def test_weights_by_precision() -> None:
     assert weight_bytes(matrix, "fp32") == 4 * matrix.parameters
     assert weight_bytes(matrix, "bf16") == weight_bytes(matrix, "fp16") == 2 * matrix.parameters
     assert weight_bytes(matrix, "int8") == matrix.parameters + 4 * 2 * 256  # a float32 scale a column, 2 layers
+    wide = parts["output projections"]  # build-engine.int8_keep_wide names it
+    assert weight_bytes(wide, "int8") == 4 * wide.parameters
     assert weight_bytes(table, "int8") == weight_bytes(table, "fp32") == 4 * 3001 * 64
 
 
@@ -214,7 +216,7 @@ def test_lower_bounds_follow_from_the_datasheet() -> None:
     found = estimate(LARGE, device_name="a100-80", precision="fp16", batch=4)["entries"]["retrieve"]
     bound = found["lower_bound_ms"]
     assert bound["compute"] == pytest.approx(4 * found["flops_per_request"]["needed"] / 312e12 * 1e3)
-    assert bound["memory"] == pytest.approx((2 * 114_350_536 + 4 * 50_000) / 2039e9 * 1e3)
+    assert bound["memory"] == pytest.approx(2 * 114_350_536 / 2039e9 * 1e3)
     assert bound["batch"] == max(bound["compute"], bound["memory"])
 
 
@@ -250,3 +252,12 @@ def test_flags_that_do_not_fit_together() -> None:
     assert (config.uvqk_dim, config.tasks) == (60, TASKS)
     with pytest.raises(InputError, match="num_heads must be positive"):
         config_of(embedding_dim=50, num_layers=2, num_heads=0, num_items=10)
+
+
+@pytest.mark.parametrize(
+    ("precision", "weights_file"), [("fp32", 1_058_048), ("fp16", 535_040), ("bf16", 535_040), ("int8", 898_304)]
+)
+def test_engine_weights_are_near_those_that_were_built(precision: str, weights_file: int) -> None:
+    """`weights.bin` of engines built from this shape by surgery and build-engine with the parameters of params.yaml."""
+    config = replace(RANKERS["reference"], num_actions=0)
+    assert estimate(config, precision=precision)["weights_bytes"][precision] == pytest.approx(weights_file, rel=0.02)
