@@ -13,7 +13,7 @@ from hstu.signature import entry_names
 from stages.contract import Outcome, Stage, say
 from stages.parameters import require
 
-OPSETS = (20, 21)  # 20: Gelu and what LayerNormalization needs; above 21 TensorRT 10 does not parse everything
+OPSETS = (20, 21)  # those that were parsed and built with TensorRT-RTX, and run on ONNX Runtime
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
