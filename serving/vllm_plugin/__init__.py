@@ -1,9 +1,14 @@
-"""HSTU as a vLLM model: what the entry point `vllm.general_plugins` calls in every vLLM process."""
+"""HSTU as a vLLM model: what vLLM's entry points call. Importing this costs nothing."""
 
 from __future__ import annotations
 
 ARCHITECTURE = "HSTUForCausalLM"
 MODEL_TYPE = "hstu"
+
+
+def io_processor() -> str:
+    """The class behind the IO-processor plugin `hstu` (entry point `vllm.io_processor_plugins`)."""
+    return "serving.vllm_plugin.plain_json.PlainJson"
 
 
 def register() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -42,6 +43,8 @@ class HSTUServingDefaults(VerifyAndUpdateConfig):  # type: ignore[misc]
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        if model_config.dtype == torch.float16:  # also what vLLM picks for a pooling engine when nothing is said
+            raise ValueError("HSTU is served in float32 or bfloat16: pass --dtype float32 (exact) or bfloat16")
         model_config.enable_prompt_embeds = True
         model_config.tokenizer_mode = MODEL_TYPE  # chooses the renderer, which checks every prompt
         if model_config.runner_type != "generate":

@@ -9,26 +9,26 @@ record; it inherits the query time, which is the next_time of the event before i
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
-from vllm.model_executor.layers.pooler import DispatchPooler, Pooler
+from vllm.model_executor.layers.pooler import DispatchPooler
 from vllm.sequence import IntermediateTensors
-from vllm.tasks import PoolingTask
-from vllm.v1.outputs import PoolerOutput
-from vllm.v1.pool.metadata import PoolingMetadata
 
 from hstu.config import L2_EPS, LAYER_NORM_EPS, NUM_TIME_BUCKETS, HSTUConfig
 from hstu.model import l2_normalize, layer_norm
 from hstu.time_buckets import time_buckets
 from serving.vllm_plugin.attention import HSTUAttentionBackend, HSTUMetadata
+from serving.vllm_plugin.poolers import RetrievalPooler, UserEmbeddingPooler
 from serving.vllm_plugin.records import Events, decode_records, encode_items
 
 
@@ -87,17 +87,6 @@ class PagedHSTULayer(nn.Module):
         return x + self.output(self.attention(self.uvqk(layer_norm(x))))  # type: ignore[no-any-return]
 
 
-class UserEmbeddingPooler(Pooler):  # type: ignore[misc]
-    """The task `embed`: the L2-normalised state at a history's last event, float32 [D]."""
-
-    def get_supported_tasks(self) -> set[PoolingTask]:
-        return {"embed"}
-
-    def forward(self, hidden_states: Tensor, pooling_metadata: PoolingMetadata) -> PoolerOutput:
-        last = pooling_metadata.get_pooling_cursor().last_token_indices_gpu
-        return list(l2_normalize(hidden_states[last].float()))
-
-
 class HSTUForCausalLM(nn.Module):
     """Generates items (the logits are cosines with every real item) and, as a pooling model, user embeddings."""
 
@@ -122,9 +111,14 @@ class HSTUForCausalLM(nn.Module):
         self.layers = nn.ModuleList(
             PagedHSTULayer(config, vllm_config, f"{prefix}layers.{index}") for index in range(config.num_layers)
         )
+        in_own_process = envs.VLLM_ENABLE_V1_MULTIPROCESSING and multiprocessing.parent_process() is not None
+        if vllm_config.model_config.enforce_eager and in_own_process:
+            # In a process of vLLM's own, eager is eager everywhere: its sampler has one function under
+            # torch.compile that would call for a C++ compiler at the first request with scores.
+            torch.compiler.set_stance("force_eager")
         self.register_buffer("inverse_norms", torch.empty(config.num_items + 1, dtype=torch.float32), persistent=False)
         self.slot_times: Tensor | None = None  # int64 [2, slots]: own time, next time
-        self.pooler = DispatchPooler({"embed": UserEmbeddingPooler()})
+        self.pooler = DispatchPooler({"embed": UserEmbeddingPooler(), "plugin": RetrievalPooler(self.compute_logits)})
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Every parameter is filled from the tensor of its name; the task heads are not served here."""
