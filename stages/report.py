@@ -1,0 +1,88 @@
+"""The report: one HTML page with everything in it, and the tables that `dvc plots` draws. Same inputs, same bytes."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from stages import report_sections as sections
+from stages.contract import Workspace
+from stages.report_evidence import Evidence, gather
+from stages.report_speed import speed
+from stages.report_style import STYLE
+
+PAGE = "report.html"
+PLOTS = "plots"
+
+
+def write_report_page(workspace: Workspace) -> Path:
+    """`reports/report.html` tells what the reports and the bundle's artifacts hold; InputError without a benchmark."""
+    path = workspace.reports / PAGE
+    data = page(gather(workspace)).encode()
+    staged = path.with_name(f".{PAGE}.tmp")
+    staged.write_bytes(data)
+    staged.replace(path)
+    return path
+
+
+def page(evidence: Evidence) -> str:
+    """The whole page: style inside, nothing loaded, no script."""
+    identity = evidence.lineage["bundle"][0]
+    title = f"HSTU bundle {evidence.description['version']}"
+    chapters = [
+        ("quality", "Model and data", sections.quality(evidence)),
+        ("gates", "What each precision costs", sections.gates(evidence)),
+        ("speed", "Speed and memory", speed(evidence)),
+        ("skipped", "Not measured", sections.skipped(evidence)),
+        ("gate", "Against the baseline", sections.gate(evidence)),
+        ("conformance", "Conformance", sections.conformance(evidence)),
+        ("lineage", "Lineage", sections.lineage(evidence)),
+        ("environment", "Environment", sections.environment(evidence)),
+    ]
+    chapters = [chapter for chapter in chapters if chapter[2]]
+    links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _ in chapters)
+    body = "".join(f'<section id="{anchor}"><h2>{escape(name)}</h2>{html}</section>' for anchor, name, html in chapters)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<link rel="icon" href="data:,">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f'<h1>{escape(title)}</h1>\n<div class="soft">bundle <code>{identity[:12]}</code>, default engine '
+        f"{escape(evidence.description['default_engine'])}</div>\n{sections.verdict(evidence)}\n"
+        f"<nav>{links}</nav>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def write_plots(benchmark: Mapping[str, Any], reports: Path) -> None:
+    """`reports/plots/` holds one table a chart of `dvc plots`: latency, throughput and ratio, full histories."""
+    rows = [
+        row
+        for row in benchmark["results"]
+        if row["latency_ms"] is not None and row["occupancy"] == 1.0 and row["thread_mode"] == "all"
+    ]
+    single = [row for row in rows if row["batch"] == 1]
+    largest = max((row["batch"] for row in rows), default=1)
+    _write_table(reports / PLOTS / "latency.csv", "p50_ms", [(row, row["latency_ms"]["p50"]) for row in single])
+    _write_table(reports / PLOTS / "ratio.csv", "ratio_to_eager", [(row, row["ratio_to_eager"]) for row in single])
+    _write_table(
+        reports / PLOTS / "throughput.csv",
+        "users_per_second",
+        [(row, row["throughput_rps"]) for row in rows if row["batch"] == largest],
+    )
+
+
+def _write_table(path: Path, figure: str, rows: Sequence[tuple[Mapping[str, Any], float]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["what", figure])
+    for row, value in rows:
+        engine = f" {row['backend']} {row['precision']}" if row["runtime"] == "engine" else ""
+        writer.writerow([f"{row['case']} {row['entry']} {row['runtime']}{engine}", value])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.tmp")
+    staged.write_text(text.getvalue())
+    staged.replace(path)

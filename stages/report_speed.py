@@ -1,0 +1,135 @@
+"""The report's chapter on speed and memory, and how a runtime is called and coloured everywhere in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from hstu.tolerances import TOLERANCES
+from stages.charts import Bar, bar_chart, table
+from stages.report_evidence import Evidence, Row
+
+TONES = {"fp32": "ours-0", "bf16": "ours-1", "int8": "ours-2", "fp16": "ours-3"}
+ENTRIES = {
+    "retrieve": "Retrieve: a history in, the top 100 of the whole corpus out",
+    "rank": "Rank: a history and its candidates in, a score per task out",
+    "generate": "Generate: a slate of 10 items, one after the other",
+    "extend": "Extend: new events on a cached history",
+}
+RUNTIMES = ("torch-eager", "torch-compile", "onnx-plain", "engine", "vllm")
+
+
+def speed(evidence: Evidence) -> str:
+    """Latency, throughput and memory of every runtime, case by case."""
+    parts = []
+    for case, about in evidence.benchmark["cases"].items():
+        rows = [row for row in evidence.rows if row["case"] == case]
+        parts.append(f"<h3>{escape(case)}: {escape(about['summary'])}</h3>")
+        for entry, title in ENTRIES.items():
+            charts = _entry_charts([row for row in rows if row["entry"] == entry])
+            if charts:
+                parts.append(f'<p class="soft">{escape(title)}</p><div class="charts">{charts}</div>')
+        ceilings = about.get("ceiling_gflops", {})
+        if ceilings:
+            told = "; ".join(
+                f"{'one thread' if mode == 'one' else 'all threads'}: "
+                + ", ".join(f"{precision} {value:,.0f}" for precision, value in sorted(values.items()))
+                for mode, values in sorted(ceilings.items(), reverse=True)
+            )
+            text = f"Matrix products of this model's sizes in PyTorch, measured in the same run, in GFLOP/s: {told}."
+            parts.append(f'<p class="caption">{escape(text)}</p>')
+        parts.append(
+            f"<details><summary>All {len(rows)} results of {escape(case)}</summary>{_all_rows(rows)}</details>"
+        )
+    return "".join(parts)
+
+
+def _entry_charts(rows: Sequence[Row]) -> str:
+    full = [row for row in rows if row["occupancy"] == 1.0 and row["latency_ms"] is not None]
+    charts = []
+    for mode, words in (("one", "one thread"), ("all", "all threads")):
+        single = sorted((r for r in full if r["batch"] == 1 and r["thread_mode"] == mode), key=_order)
+        if single:
+            bars = [
+                Bar(label=label(row), value=row["latency_ms"]["p50"], whisker=row["latency_ms"]["p95"],
+                    text=f"{row['latency_ms']['p50']:.3g} ms", note=_ratio(row), tone=_tone(row))
+                for row in single
+            ]  # fmt: skip
+            charts.append(bar_chart(f"Latency, one user, {words}", bars, caption="Median; the line reaches to p95."))
+    largest = max((row["batch"] for row in full if row["thread_mode"] == "all"), default=1)
+    many = sorted((r for r in full if r["batch"] == largest and r["thread_mode"] == "all"), key=_order)
+    if largest > 1:
+        bars = [
+            Bar(label=label(row), value=row["throughput_rps"], text=f"{row['throughput_rps']:,.0f}/s",
+                note=_ratio(row), tone=_tone(row))
+            for row in many
+        ]  # fmt: skip
+        charts.append(bar_chart(f"Users a second, batches of {largest}, all threads", bars, caption="More is better."))
+        bars = [
+            Bar(label=label(row), value=row["peak_memory_mib"], text=f"{row['peak_memory_mib']:,.0f} MiB",
+                tone=_tone(row))
+            for row in many
+        ]  # fmt: skip
+        caption = "Peak of the runtime's own process, less what its libraries take before a model is loaded."
+        charts.append(bar_chart(f"Memory, batches of {largest}", bars, caption=caption))
+    return "".join(charts)
+
+
+def _all_rows(rows: Sequence[Row]) -> str:
+    head = (
+        "entry", "runtime", "batch", "full", "threads", "p50 ms", "p95 ms", "p99 ms", "users/s", "× eager",
+        "95 % interval", "of ceiling", "MiB", "max error", "top-10", "requests",
+    )  # fmt: skip
+    body = []
+    for row in sorted(
+        rows, key=lambda r: (list(ENTRIES).index(r["entry"]), r["threads"], r["batch"], -r["occupancy"], *_order(r))
+    ):
+        latency, interval, share = row["latency_ms"], row["ratio_ci95"], row["share_of_ceiling"]
+        timed = latency is not None
+        body.append(
+            [
+                row["entry"], label(row), str(row["batch"]), f"{row['occupancy']:.0%}", str(row["threads"]),
+                *(f"{latency[name]:.4g}" if timed else "wrong" for name in ("p50", "p95", "p99")),
+                f"{row['throughput_rps']:,.1f}" if timed else "–",
+                f"{row['ratio_to_eager']:.2f}" if timed else "–",
+                f"{interval[0]:.2f}–{interval[1]:.2f}" if interval else "–",
+                f"{share:.0%}" if share is not None else "–",
+                f"{row['peak_memory_mib']:,.0f}" if timed else "–",
+                f"{row['max_abs_error']:.1e}",
+                "–" if row["top10_overlap"] is None else f"{row['top10_overlap']:.3f}",
+                str(row["requests"]),
+            ]
+        )  # fmt: skip
+    return table(head, body, numeric_from=2)
+
+
+def fastest(rows: Sequence[Row], case: str, *, batch: int) -> Row | None:
+    """The engine that retrieves for full histories of a case in the least time, on however many threads."""
+    wanted = {"case": case, "entry": "retrieve", "batch": batch, "occupancy": 1.0, "runtime": "engine"}
+    fit = [row for row in rows if row["latency_ms"] is not None and all(row[k] == v for k, v in wanted.items())]
+    return min(fit, key=lambda row: float(row["latency_ms"]["p50"]), default=None)
+
+
+def label(row: Row) -> str:
+    if row["runtime"] != "engine":
+        return str(row["runtime"])
+    return f"engine {row['precision']}" + ("" if row["backend"] == "onnxruntime" else f" {row['backend']}")
+
+
+def _ratio(row: Row) -> str:
+    return "" if row["runtime"] == "torch-eager" else f"{row['ratio_to_eager']:.2f}×"
+
+
+def _tone(row: Row) -> str:
+    if row["runtime"] == "engine":
+        return TONES[row["precision"]]
+    return {"torch-eager": "eager", "vllm": "vllm"}.get(row["runtime"], "peer")
+
+
+def _order(row: Row) -> tuple[int, str, int]:
+    return RUNTIMES.index(row["runtime"]), str(row["backend"]), precision_order(row["precision"])
+
+
+def precision_order(name: str) -> int:
+    precision = name.partition("-")[0]
+    return list(TOLERANCES).index(precision) if precision in TOLERANCES else len(TOLERANCES)
