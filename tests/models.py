@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from hstu.artifact import Artifact, encode_json, write_manifest
+from hstu.checkpoints.huggingface import save_pretrained
 from hstu.config import TASKS, HSTUConfig
 from hstu.data.histories import Histories
+from hstu.data.vocabulary import Vocabulary
 from hstu.model import HSTU
 
 TINY = HSTUConfig(
@@ -102,11 +103,11 @@ def write_checkpoint(
     """A checkpoint artifact at `folder`, with the files that the checkpoint stage writes."""
     model = random_model() if model is None else model
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_bytes(encode_json(model.config.to_pretrained()))
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
-    items = [str(item) for item in range(1, model.config.num_items + 1)]
-    (folder / "vocabulary.json").write_bytes(encode_json({"items": items}))
+    save_pretrained(model, folder)
+    items = tuple(str(item) for item in range(1, model.config.num_items + 1))
+    actions = tuple(f"action-{action}" for action in range(1, model.config.num_actions))
+    Vocabulary(items=items, actions=actions).save(folder / "vocabulary.json")
     random_histories(model.config, num_users=num_users, seed=seed + 1).save(folder / "calibration.npz")
     random_histories(model.config, num_users=num_users, seed=seed + 2).save(folder / "evaluation.npz")
-    (folder / "checkpoint.json").write_bytes(encode_json({"source": source, "calibration": "histories"}))
+    (folder / "checkpoint.json").write_bytes(encode_json({"source": source, "histories": "drawn", "epoch": None}))
     return write_manifest(folder, stage="checkpoint", params={"source": source}, inputs={}, toolchain={})
