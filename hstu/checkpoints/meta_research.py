@@ -116,12 +116,20 @@ def _read(path: Path) -> dict[str, Any]:
                 expected="tensors, numbers, strings, lists and dicts only",
                 fix="if you trust its origin, save model.state_dict() alone with torch.save and pass that file",
             ) from None
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{path}: cannot be read as a checkpoint ({reason[0][:200]})", fix=damaged) from None
+        raise InputError(f"{path}: cannot be read as a checkpoint ({_reason(error)})", fix=damaged) from None
     if not isinstance(values, dict):
         expected = "a dict with epoch, model_state_dict, optimizer_state_dict"
         raise InputError(f"{path}: not a checkpoint of Meta's trainer", got=type(values).__name__, expected=expected)
     return values
+
+
+def _reason(error: BaseException) -> str:
+    """One line of an error; torch's advice to load the file without its restrictions is not passed on."""
+    if isinstance(error, pickle.UnpicklingError):
+        found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+        return found[1][:200] if found else "not a file that torch.save wrote"
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def _names(prefix: str, num_layers: int) -> dict[str, str]:

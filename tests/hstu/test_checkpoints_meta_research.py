@@ -262,6 +262,12 @@ def test_the_ranker_is_told_apart(tmp_path: Path) -> None:
     assert "DLRMv3" in refused(write_meta_checkpoint(tmp_path / "c.pt", weights=weights))
 
 
+def test_nobody_is_told_to_drop_the_restrictions(tmp_path: Path) -> None:
+    for content in (b"# a text", b"\x80\x04\x95", pickle.dumps(RunsCode(tmp_path / "witness")), b"PK\x03\x04"):
+        (tmp_path / "c.pt").write_bytes(content)
+        assert "weights_only" not in refused(tmp_path / "c.pt")
+
+
 def test_no_such_file(tmp_path: Path) -> None:
     assert "no such file" in refused(tmp_path / "absent.pt")
     assert "no such file" in refused(tmp_path)
