@@ -124,7 +124,7 @@ class _Call(ctypes.Structure):
         *(
             (name, ctypes.c_int32)
             for name in (
-                "mode", "io_type", "compute_type", "prefix_type", "prefix_activated", "bucket_type", "threaded",
+                "mode", "in_type", "out_type", "compute_type", "prefix_type", "prefix_activated", "bucket_type", "threaded",
             )
         ),
     )  # fmt: skip
@@ -299,7 +299,7 @@ class Library:
             max_length=shape.max_length, u=u, v=v, q=q, k=k, own_bucket_column=-1,
             position_bias=_pointer(shape.position_bias, np.float32), time_bias=_pointer(shape.time_bias, np.float32),
             out=out.ctypes.data, out_row_stride=out.shape[2], out_batch_stride=out.shape[1] * out.shape[2],
-            epsilon=shape.epsilon, io_type=_float_type(rows), compute_type=int(shape.bf16), threaded=int(threaded),
+            epsilon=shape.epsilon, in_type=_float_type(rows), out_type=_float_type(out), compute_type=int(shape.bf16), threaded=int(threaded),
         )  # fmt: skip
         if buckets is not None:
             call.buckets, call.bucket_type = _pointer(buckets, buckets.dtype), _bucket_type(buckets)

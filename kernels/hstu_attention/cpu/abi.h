@@ -40,11 +40,12 @@ struct Call {
     void* out;                       // [batch, queries, heads * v_dim]; rows after the end become 0
     int64_t out_row_stride, out_batch_stride;
     float epsilon;
-    int32_t mode, io_type, compute_type, prefix_type, prefix_activated, bucket_type, threaded;
+    int32_t mode, in_type, out_type, compute_type, prefix_type, prefix_activated, bucket_type, threaded;
 };
 
 // What a kernel may ask of the process: parallel loops and memory. Kernels themselves use no library.
 struct Runtime {
+    int64_t workers;
     void (*parallel)(int64_t count, void (*body)(void*, int64_t), void* context);
     void* (*local)(int64_t bytes);    // this thread's scratch, until it asks again
     void* (*acquire)(int64_t bytes);  // shared scratch of one call

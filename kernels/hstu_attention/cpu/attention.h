@@ -20,7 +20,7 @@ constexpr int64_t kBlock = 64;                           // keys in a block
 constexpr int64_t kStrip = 48;                           // query rows that share a walk over the blocks
 constexpr int64_t kLanes = Simd::kLanes;
 constexpr int64_t kPanel = Simd::kLanes * Simd::kVectors;  // keys across a register tile
-constexpr int64_t kGroupBytes = 16 << 20;                // packed keys and values of the users in flight
+constexpr int64_t kGroupBytes = 64 << 20;                // at most so much scratch for the users in flight, or one user
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -31,7 +31,7 @@ inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 // (relative error 7.5e-8, or 7.5e-5 where the result is rounded to bf16 anyhow).
 template <bool kFast>
 inline Float silu(Float x) {
-    const Float y = Simd::clamp(x, Simd::set(-86.0f), Simd::set(86.0f));
+    const Float y = Simd::limit(x, Simd::set(86.0f));
     const Float magic = Simd::set(12582912.0f), minus_log2e = Simd::set(-1.44269504f);
     const Float t = Simd::fma(y, minus_log2e, magic);
     const Float f = Simd::fma(y, minus_log2e, Simd::sub(magic, t));
@@ -58,14 +58,14 @@ inline const T* row(const Rows& rows, int64_t user, int64_t index) {
     return static_cast<const T*>(rows.data) + user * rows.batch_stride + index * rows.row_stride;
 }
 
-// Words: 32 bits that hold one float or two bf16. C[M x V lanes] (+)= A[M x words] B[words x V lanes].
+// Words: 32 bits that hold one float or two bf16. C[M x V lanes] = (C +) A[M x words] B[words x V lanes].
 template <class Words, int M, int V, bool kAdd>
 void tile(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t words, float* c, int64_t c_stride) {
     Float sum[M][V];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[m][v] = kAdd ? Simd::load(c + m * c_stride + v * kLanes) : Simd::zero();
+        for (int v = 0; v < V; ++v) sum[m][v] = Simd::zero();
     for (int64_t w = 0; w < words; ++w) {
         Float right[V];
 #pragma GCC unroll 4
@@ -82,7 +82,10 @@ void tile(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stri
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) Simd::store(c + m * c_stride + v * kLanes, sum[m][v]);
+        for (int v = 0; v < V; ++v) {
+            float* at = c + m * c_stride + v * kLanes;
+            Simd::store(at, kAdd ? Simd::add(Simd::load(at), sum[m][v]) : sum[m][v]);
+        }
 }
 
 using Tile = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, int64_t, float*, int64_t);
@@ -112,11 +115,12 @@ struct Attention {
     const Runtime& runtime;
     const int64_t heads = call.heads, dqk = call.qk_dim, dv = call.v_dim;
     const int64_t k_words = ceil_div(dqk, kPack);                 // words of one query or key
-    const int64_t k_stride = round_up(k_words, kLanes);           // where the next row's words stand, before packing
+    const int64_t k_stride = round_up(k_words, kLanes);           // where the next head's words stand, before packing
     const int64_t v_lanes = round_up(dv, kLanes);                 // columns of one value
     const int64_t key_words = kBlock * k_words;                   // a packed block of keys: [panel][word][key]
     const int64_t value_words = kBlock / kPack * v_lanes;         // a packed block of values: [key or pair][column]
     const int64_t block_words = key_words + value_words;
+    const int64_t q_stride = heads * k_stride;                    // words of one row of queries or keys
     const int64_t o_stride = heads * v_lanes;                     // floats of one row of attention output
 
     int64_t prefix(int64_t b) const { return call.prefix_lengths ? call.prefix_lengths[b] : 0; }
@@ -128,67 +132,88 @@ struct Attention {
     }
     int64_t visible(int64_t b, int64_t i) const { return position(b, i) + (call.mode == hstu::kCandidates ? 0 : 1); }
 
-    // SiLU of n values as words; what is left of the last vector is zero.
+    // SiLU (or a copy) of n values as words; what is left of the last vector is zero.
     template <bool kSilu, class U>
-    static void activate(const U* in, int64_t n, uint32_t* out) {
-        const auto value = [&](int64_t i) {
-            if (i >= n) return Simd::zero();
-            const Float x = i + kLanes <= n ? Simd::load(in + i) : Simd::load(in + i, n - i);
-            return kSilu ? silu<Words::kFast>(x) : x;
-        };
-        for (int64_t i = 0; i < n; i += kLanes) Words::store(out + i / kPack, value(i));
+    static void words_of(const U* in, int64_t n, uint32_t* out) {
+        int64_t i = 0;
+        for (; i + kLanes <= n; i += kLanes) Words::store(out + i / kPack, activated<kSilu>(Simd::load(in + i)));
+        if (i < n) Words::store(out + i / kPack, activated<kSilu>(Simd::load(in + i, n - i)));
     }
 
-    // Keys and values of one block and head, from rows of type U.
     template <bool kSilu, class U>
-    void pack(const Rows& keys, const Rows& values, int64_t b, int64_t head, int64_t source, int64_t first, int64_t count,
-              uint32_t* rows, uint32_t* pairs) const {
-        for (int64_t i = 0; i < count; ++i)
-            activate<kSilu>(row<U>(keys, b, source + i) + head * dqk, dqk, rows + (first + i) * k_stride);
-        for (int64_t i = 0; i < count; ++i) {
-            const U* value = row<U>(values, b, source + i) + head * dv;
-            float* out = reinterpret_cast<float*>(pairs) + (first + i) * v_lanes;
-            for (int64_t d = 0; d < dv; d += kLanes) {
-                const Float x = d + kLanes <= dv ? Simd::load(value + d) : Simd::load(value + d, dv - d);
-                Simd::store(out + d, kSilu ? silu<Words::kFast>(x) : x);
+    static void floats_of(const U* in, int64_t n, float* out) {
+        int64_t i = 0;
+        for (; i + kLanes <= n; i += kLanes) Simd::store(out + i, activated<kSilu>(Simd::load(in + i)));
+        if (i < n) Simd::store(out + i, activated<kSilu>(Simd::load(in + i, n - i)));
+    }
+
+    template <bool kSilu>
+    static Float activated(Float x) {
+        return kSilu ? silu<Words::kFast>(x) : x;
+    }
+
+    // All heads of one row of queries or keys as words [head][k_stride].
+    template <bool kSilu, class U>
+    void heads_as_words(const U* in, uint32_t* out) const {
+        if (k_stride * kPack == dqk) return words_of<kSilu>(in, heads * dqk, out);
+        for (int64_t head = 0; head < heads; ++head) words_of<kSilu>(in + head * dqk, dqk, out + head * k_stride);
+    }
+
+    // All heads of one row of values as floats, head h at out + h * stride.
+    template <bool kSilu, class U>
+    void heads_as_floats(const U* in, float* out, int64_t stride) const {
+        for (int64_t head = 0; head < heads; ++head) floats_of<kSilu>(in + head * dv, dv, out + head * stride);
+    }
+
+    void key_row(int64_t b, int64_t t, uint32_t* k, float* v, int64_t v_stride) const {
+        if (t >= prefix(b)) {
+            heads_as_words<true>(row<T>(call.k, b, t - prefix(b)), k);
+            heads_as_floats<true>(row<T>(call.v, b, t - prefix(b)), v, v_stride);
+            return;
+        }
+        by_type(call.prefix_type, [&](auto type) {
+            using U = typename decltype(type)::type;
+            if (call.prefix_activated) {
+                heads_as_words<false>(row<U>(call.prefix_k, b, t), k);
+                heads_as_floats<false>(row<U>(call.prefix_v, b, t), v, v_stride);
+            } else {
+                heads_as_words<true>(row<U>(call.prefix_k, b, t), k);
+                heads_as_floats<true>(row<U>(call.prefix_v, b, t), v, v_stride);
             }
-        }
+        });
     }
 
-    // Block `block` of user b's keys, for one head, at `out`: keys, then values; keys that are not there are zero.
-    void pack_block(int64_t b, int64_t head, int64_t block, uint32_t* out, uint32_t* scratch) const {
-        const int64_t begin = block * kBlock, end = min(begin + kBlock, keys_of(b)), from_prefix = min(end, prefix(b));
-        const int64_t in_prefix = max(0, from_prefix - begin);
-        const bool plain = kPack == 1;
-        uint32_t* rows = scratch;
-        uint32_t* values = plain ? out + key_words : scratch + kBlock * k_stride;  // floats, before they are paired
-        if (in_prefix > 0) {
-            const auto go = [&](auto activated, auto type) {
-                pack<!decltype(activated)::value, typename decltype(type)::type>(
-                    call.prefix_k, call.prefix_v, b, head, begin, 0, in_prefix, rows, values);
-            };
-            by_type(call.prefix_type, [&](auto type) {
-                call.prefix_activated ? go(Bool<true>{}, type) : go(Bool<false>{}, type);
-            });
+    // Block `block` of user b's keys at `out`, head after head, each keys, then values; absent keys are zero.
+    // Rows are read whole, one after the other: a head's part of a row is far from its part of the next.
+    void pack_block(int64_t b, int64_t block, uint32_t* out, uint32_t* scratch) const {
+        const int64_t begin = block * kBlock, count = min(kBlock, keys_of(b) - begin);
+        uint32_t* rows = scratch;  // [key][head][k_stride]
+        float* pair = reinterpret_cast<float*>(scratch + kBlock * q_stride);  // [2][head][v_lanes]
+        for (int64_t i = 0; i < kBlock; ++i) {
+            uint32_t* k = rows + i * q_stride;
+            uint32_t* packed = out + key_words + i / kPack * v_lanes;
+            float* v = kPack == 1 ? reinterpret_cast<float*>(packed) : pair + i % 2 * o_stride;
+            const int64_t v_stride = kPack == 1 ? block_words : v_lanes;
+            if (i < count) {
+                key_row(b, begin + i, k, v, v_stride);
+            } else {
+                std::memset(k, 0, q_stride * 4);
+                for (int64_t head = 0; head < heads; ++head) std::memset(v + head * v_stride, 0, v_lanes * 4);
+            }
+            if (kPack == 1 || i % 2 == 0) continue;
+            for (int64_t head = 0; head < heads; ++head)
+                for (int64_t d = 0; d < v_lanes; d += kLanes)
+                    Words::store_pairs(packed + head * block_words + d, Simd::load(pair + head * v_lanes + d),
+                                       Simd::load(pair + o_stride + head * v_lanes + d));
         }
-        if (end - begin > in_prefix)
-            pack<true, T>(call.k, call.v, b, head, max(0, begin - prefix(b)), in_prefix, end - begin - in_prefix, rows, values);
-        const int64_t missing = kBlock - (end - begin);
-        if (missing) std::memset(rows + (end - begin) * k_stride, 0, missing * k_stride * 4);
-        if (missing) std::memset(values + (end - begin) * v_lanes, 0, missing * v_lanes * 4);
-        for (int64_t key = 0; key < kBlock; key += kLanes)
-            for (int64_t w = 0; w < k_words; w += kLanes)
-                Simd::transpose(rows + key * k_stride + w, k_stride, out + key / kPanel * kPanel * k_words + w * kPanel + key % kPanel,
-                                kPanel, static_cast<int>(min(kLanes, k_words - w)));
-        if (plain) return;
-        const float* floats = reinterpret_cast<const float*>(values);
-        for (int64_t key = 0; key < kBlock; key += 2)
-            for (int64_t d = 0; d < v_lanes; d += kLanes)
-                Words::store_pairs(out + key_words + key / 2 * v_lanes + d, Simd::load(floats + key * v_lanes + d),
-                                   Simd::load(floats + (key + 1) * v_lanes + d));
+        for (int64_t head = 0; head < heads; ++head)
+            for (int64_t key = 0; key < kBlock; key += kLanes)
+                for (int64_t w = 0; w < k_words; w += kLanes)
+                    Simd::transpose(rows + key * q_stride + head * k_stride + w, q_stride,
+                                    out + head * block_words + key / kPanel * kPanel * k_words + w * kPanel + key % kPanel,
+                                    kPanel, static_cast<int>(min(kLanes, k_words - w)));
     }
 
-    template <bool value_> struct Bool { static constexpr bool value = value_; };
     template <class U> struct Typed { using type = U; };
     template <class F> static void by_type(int32_t type, F f) {
         type == hstu::kBfloat16 ? f(Typed<uint16_t>{}) : f(Typed<float>{});
@@ -236,41 +261,48 @@ struct Attention {
         add(split, seen, buckets + call.own_bucket_column - split);
     }
 
-    // o[count x v_lanes] = Σ SiLU(q k + bias) v over the blocks, for one head. q: words of SiLU(q), row by row.
-    template <class BlockAt>
-    void walk(const uint32_t* q, int64_t count, int64_t blocks, const float* bias, const uint64_t* allowed,
-              const int64_t* reach, float* o, BlockAt block_at) const {
+    // o[count x v_lanes] += Σ SiLU(q k + bias) v over the keys of one block, for one head.
+    void attend(const uint32_t* q, int64_t count, int64_t block, int64_t blocks, const uint32_t* keys, const float* bias,
+                const uint64_t* allowed, const int64_t* reach, float* o) const {
         alignas(64) float scores[Simd::kRows * kBlock];
         alignas(64) uint32_t weights[Simd::kRows * kBlock];
-        for (int64_t r = 0; r < count; ++r) std::memset(o + r * o_stride, 0, v_lanes * 4);
-        int64_t furthest = 0;
-        for (int64_t r = 0; r < count; r += Simd::kRows) furthest = max(furthest, reach[r / Simd::kRows]);
-        for (int64_t block = 0; block * kBlock < furthest; ++block) {
-            const uint32_t* keys = block_at(block);
-            const uint32_t* values = keys + key_words;
-            for (int64_t r = 0; r < count; r += Simd::kRows) {
-                const int64_t n = min(kBlock, reach[r / Simd::kRows] - block * kBlock), m = min(Simd::kRows, count - r);
-                if (n <= 0) continue;
-                for (int64_t key = 0; key < n; key += kPanel)
-                    choose_tile<Words, false>(m, ceil_div(min(n - key, kPanel), kLanes))(
-                        q + r * k_stride, k_stride, keys + key * k_words, kPanel, k_words, scores + key, kBlock);
-                for (int64_t i = 0; i < m; ++i) {
-                    const float* row_bias = bias + (r + i) * blocks * kBlock + block * kBlock;
-                    const uint64_t bits = allowed[(r + i) * blocks + block];
-                    for (int64_t key = 0; key < n; key += kLanes) {
-                        const Float s = Simd::add(Simd::load(scores + i * kBlock + key), Simd::load(row_bias + key));
-                        Words::store(weights + (i * kBlock + key) / kPack, Simd::keep(silu<Words::kFast>(s), bits >> key));
-                    }
+        const uint32_t* values = keys + key_words;
+        for (int64_t r = 0; r < count; r += Simd::kRows) {
+            const int64_t n = min(kBlock, reach[r / Simd::kRows] - block * kBlock), m = min(Simd::kRows, count - r);
+            if (n <= 0) continue;
+            for (int64_t key = 0; key < n; key += kPanel)
+                choose_tile<Words, false>(m, ceil_div(min(n - key, kPanel), kLanes))(
+                    q + r * q_stride, q_stride, keys + key * k_words, kPanel, k_words, scores + key, kBlock);
+            for (int64_t i = 0; i < m; ++i) {
+                const float* row_bias = bias + (r + i) * blocks * kBlock + block * kBlock;
+                const float* row_scores = scores + i * kBlock;
+                uint32_t* out = weights + i * (kBlock / kPack);
+                const uint64_t bits = allowed[(r + i) * blocks + block];
+                const auto weigh = [&](int64_t key) {
+                    return silu<Words::kFast>(Simd::add(Simd::load(row_scores + key), Simd::load(row_bias + key)));
+                };
+                if (bits == ~0ull) {
+#pragma GCC unroll 8
+                    for (int64_t key = 0; key < kBlock; key += kLanes) Words::store(out + key / kPack, weigh(key));
+                } else {
+                    for (int64_t key = 0; key < n; key += kLanes)
+                        Words::store(out + key / kPack, Simd::keep(weigh(key), bits >> key));
                 }
-                for (int64_t d = 0; d < v_lanes; d += kPanel)
-                    choose_tile<Words, true>(m, ceil_div(min(v_lanes - d, kPanel), kLanes))(
-                        weights, kBlock / kPack, values + d, v_lanes, ceil_div(n, kPack), o + r * o_stride + d, o_stride);
             }
+            for (int64_t d = 0; d < v_lanes; d += kPanel)
+                choose_tile<Words, true>(m, ceil_div(min(v_lanes - d, kPanel), kLanes))(
+                    weights, kBlock / kPack, values + d, v_lanes, ceil_div(n, kPack), o + r * o_stride + d, o_stride);
         }
     }
 
-    void activate_queries(int64_t b, int64_t head, int64_t first, int64_t count, uint32_t* q) const {
-        for (int64_t r = 0; r < count; ++r) activate<true>(row<T>(call.q, b, first + r) + head * dqk, dqk, q + r * k_stride);
+    static int64_t furthest(const int64_t* reach, int64_t count) {
+        int64_t end = 0;
+        for (int64_t r = 0; r < count; r += Simd::kRows) end = max(end, reach[r / Simd::kRows]);
+        return end;
+    }
+
+    void activate_queries(int64_t b, int64_t first, int64_t count, uint32_t* q) const {
+        for (int64_t r = 0; r < count; ++r) heads_as_words<true>(row<T>(call.q, b, first + r), q + r * q_stride);
     }
 
     int64_t own_bucket(int64_t b, int64_t i) const {
@@ -304,53 +336,62 @@ struct Attention {
 
     // out = SiLU(u) (o - mean) / sqrt(variance + epsilon N²): LN(o / N) without the division.
     void finish(int64_t b, int64_t first, int64_t count, float* o) const {
+        by_type(call.out_type, [&](auto type) {
+            using U = typename decltype(type)::type;
+            for (int64_t r = 0; r < count; ++r) {
+                if (call.mode == hstu::kCandidates) add_own(b, first + r, o + r * o_stride);
+                U* out = static_cast<U*>(call.out) + b * call.out_batch_stride + (first + r) * call.out_row_stride;
+                gate(row<T>(call.u, b, first + r), o + r * o_stride, out);
+            }
+        });
+    }
+
+    template <class U>
+    void gate(const T* u, float* o, U* out) const {
         const float width = static_cast<float>(heads * dv), n = static_cast<float>(call.max_length);
-        for (int64_t r = 0; r < count; ++r) {
-            float* values = o + r * o_stride;
-            if (call.mode == hstu::kCandidates) add_own(b, first + r, values);
-            const T* u = row<T>(call.u, b, first + r);
-            T* out = static_cast<T*>(call.out) + b * call.out_batch_stride + (first + r) * call.out_row_stride;
-            Float total = Simd::zero(), squares = Simd::zero();
-            for (int64_t i = 0; i < o_stride; i += kLanes) total = Simd::add(total, Simd::load(values + i));
-            const Float mean = Simd::set(Simd::sum(total) / width);
-            for (int64_t head = 0; head < heads; ++head)
-                for (int64_t d = 0; d < dv; d += kLanes) {
-                    const int64_t lanes = min(kLanes, dv - d);
-                    float* at = values + head * v_lanes + d;
-                    const Float x = Simd::sub(Simd::load(at), mean);
-                    Simd::store(at, x);
-                    const Float inside = lanes == kLanes ? x : Simd::keep(x, (1ull << lanes) - 1);
-                    squares = Simd::fma(inside, inside, squares);
-                }
-            const float variance = Simd::sum(squares) / width + call.epsilon * n * n;
-            const Float scale = Simd::set(1.0f / __builtin_sqrtf(variance));
-            for (int64_t head = 0; head < heads; ++head)
-                for (int64_t d = 0; d < dv; d += kLanes) {
-                    const int64_t lanes = min(kLanes, dv - d), at = head * dv + d;
-                    const Float x = Simd::mul(Simd::load(values + head * v_lanes + d), scale);
-                    if (lanes == kLanes) {
-                        Simd::store(out + at, Simd::mul(x, silu<Words::kFast>(Simd::load(u + at))));
-                    } else {
-                        Simd::store(out + at, Simd::mul(x, silu<Words::kFast>(Simd::load(u + at, lanes))), lanes);
-                    }
-                }
+        const bool whole = dv % kLanes == 0;  // no lanes between the heads
+        const int64_t quarter = whole ? o_stride / (4 * kLanes) * (4 * kLanes) : 0;
+        Float total[4] = {Simd::zero(), Simd::zero(), Simd::zero(), Simd::zero()};
+        Float square[4] = {Simd::zero(), Simd::zero(), Simd::zero(), Simd::zero()};
+        for (int64_t i = 0; i < quarter; i += 4 * kLanes)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) total[j] = Simd::add(total[j], Simd::load(o + i + j * kLanes));
+        for (int64_t i = quarter; i < o_stride; i += kLanes) total[0] = Simd::add(total[0], Simd::load(o + i));
+        const Float sum = Simd::add(Simd::add(total[0], total[1]), Simd::add(total[2], total[3]));
+        const Float mean = Simd::set(Simd::sum(sum) / width);
+        for (int64_t i = 0; i < quarter; i += 4 * kLanes)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+                const Float x = Simd::sub(Simd::load(o + i + j * kLanes), mean);
+                square[j] = Simd::fma(x, x, square[j]);
+            }
+        for (int64_t i = quarter; i < o_stride; i += kLanes) {
+            const int64_t lanes = dv - i % v_lanes;
+            Float x = Simd::sub(Simd::load(o + i), mean);
+            if (lanes < kLanes) x = Simd::keep(x, (1ull << lanes) - 1);
+            square[0] = Simd::fma(x, x, square[0]);
         }
+        const Float squares = Simd::add(Simd::add(square[0], square[1]), Simd::add(square[2], square[3]));
+        const float variance = Simd::sum(squares) / width + call.epsilon * n * n;
+        const Float scale = Simd::set(1.0f / __builtin_sqrtf(variance));
+        const auto value = [&](int64_t i, Float gate) {
+            return Simd::mul(Simd::mul(Simd::sub(Simd::load(o + i), mean), scale), silu<Words::kFast>(gate));
+        };
+        if (whole) {
+            for (int64_t i = 0; i < o_stride; i += kLanes) Simd::store(out + i, value(i, Simd::load(u + i)));
+            return;
+        }
+        for (int64_t head = 0; head < heads; ++head)
+            for (int64_t d = 0; d < dv; d += kLanes) {
+                const int64_t lanes = min(kLanes, dv - d), at = head * dv + d;
+                Simd::store(out + at, value(head * v_lanes + d, Simd::load(u + at, lanes)), lanes);
+            }
     }
 
     void clear(int64_t b) const {
+        const int64_t size = call.out_type == hstu::kBfloat16 ? 2 : 4;
         for (int64_t i = rows_of(b); i < call.queries; ++i)
-            std::memset(static_cast<T*>(call.out) + b * call.out_batch_stride + i * call.out_row_stride, 0, heads * dv * sizeof(T));
-    }
-
-    // --- Many query rows: pack every block once into shared memory, then walk strip by strip. -------------------
-
-    struct Work {  // a block to pack, or a strip of rows to answer
-        int64_t user, index;
-    };
-
-    int64_t pack_scratch() const { return kBlock * (k_stride + v_lanes) * 4; }
-    int64_t strip_scratch(int64_t blocks) const {
-        return kStrip * (k_stride * 4 + o_stride * 4 + blocks * (kBlock * 4 + 8) + 8) + 256;
+            std::memset(static_cast<char*>(call.out) + (b * call.out_batch_stride + i * call.out_row_stride) * size, 0, heads * dv * size);
     }
 
     template <class F>
@@ -358,7 +399,15 @@ struct Attention {
         runtime.parallel(count, [](void* f, int64_t i) { (*static_cast<F*>(f))(i); }, &body);
     }
 
-    void run_group(int64_t begin, int64_t end) const {
+    struct Work {  // a block of keys, or a strip of query rows
+        int64_t user, index;
+    };
+
+    int64_t pack_scratch() const { return (kBlock * q_stride + 2 * o_stride) * 4; }
+
+    // --- Many query rows: pack every block once into shared memory, then walk strip by strip. -------------------
+
+    void run_many(int64_t begin, int64_t end) const {
         int64_t num_blocks = 0, num_strips = 0;
         for (int64_t b = begin; b < end; ++b) {
             num_blocks += ceil_div(keys_of(b), kBlock);
@@ -378,86 +427,111 @@ struct Attention {
             for (int64_t i = ceil_div(rows_of(b), kStrip) - 1; i >= 0; --i) to_answer[num_strips++] = {b, i};  // longest first
         }
         parallel(num_blocks, [=, this](int64_t item) {
-            const auto [b, block] = to_pack[item];
             uint32_t* scratch = static_cast<uint32_t*>(runtime.local(pack_scratch()));
-            for (int64_t head = 0; head < heads; ++head)
-                pack_block(b, head, block, packed + (item * heads + head) * block_words, scratch);
+            pack_block(to_pack[item].user, to_pack[item].index, packed + item * heads * block_words, scratch);
         });
         parallel(num_strips, [=, this](int64_t item) {
             const auto [b, strip] = to_answer[item];
-            const int64_t first = strip * kStrip, count = min(kStrip, rows_of(b) - first);
-            int64_t seen = 0;
-            for (int64_t r = 0; r < count; ++r) seen = max(seen, visible(b, first + r));
-            const int64_t blocks = ceil_div(min(seen, keys_of(b)), kBlock);
-            float* o = static_cast<float*>(runtime.local(strip_scratch(blocks)));
-            uint32_t* q = reinterpret_cast<uint32_t*>(o + kStrip * o_stride);
-            float* bias = reinterpret_cast<float*>(q + kStrip * k_stride);
-            uint64_t* allowed = reinterpret_cast<uint64_t*>(bias + kStrip * blocks * kBlock);
-            int64_t* reach = reinterpret_cast<int64_t*>(allowed + kStrip * blocks);
-            prepare(b, first, count, blocks, bias, allowed, reach);
-            for (int64_t head = 0; head < heads; ++head) {
-                activate_queries(b, head, first, count, q);
-                const uint32_t* user = packed + (first_block[b - begin] * heads + head) * block_words;
-                walk(q, count, blocks, bias, allowed, reach, o + head * v_lanes,
-                     [=, this](int64_t block) { return user + block * heads * block_words; });
-            }
-            finish(b, first, count, o);
+            answer_strip(b, strip, packed + first_block[b - begin] * heads * block_words);
         });
         runtime.release(memory);
     }
 
-    // --- Few query rows: no block is used twice, so each head packs and uses it at once. ------------------------
+    void answer_strip(int64_t b, int64_t strip, const uint32_t* packed) const {
+        const int64_t first = strip * kStrip, count = min(kStrip, rows_of(b) - first);
+        int64_t seen = 0;
+        for (int64_t r = 0; r < count; ++r) seen = max(seen, visible(b, first + r));
+        const int64_t blocks = ceil_div(min(seen, keys_of(b)), kBlock);
+        const int64_t bytes = kStrip * ((o_stride + q_stride + blocks * kBlock) * 4 + blocks * 8 + 8);
+        float* o = static_cast<float*>(runtime.local(bytes));
+        uint32_t* q = reinterpret_cast<uint32_t*>(o + kStrip * o_stride);
+        float* bias = reinterpret_cast<float*>(q + kStrip * q_stride);
+        uint64_t* allowed = reinterpret_cast<uint64_t*>(bias + kStrip * blocks * kBlock);
+        int64_t* reach = reinterpret_cast<int64_t*>(allowed + kStrip * blocks);
+        prepare(b, first, count, blocks, bias, allowed, reach);
+        activate_queries(b, first, count, q);
+        std::memset(o, 0, count * o_stride * 4);
+        for (int64_t head = 0; head < heads; ++head)
+            for (int64_t block = 0; block * kBlock < furthest(reach, count); ++block)
+                attend(q + head * k_stride, count, block, blocks, packed + (block * heads + head) * block_words, bias,
+                       allowed, reach, o + head * v_lanes);
+        finish(b, first, count, o);
+    }
+
+    // --- Few query rows: no block is used twice, so each is packed, used and forgotten. -------------------------
+    // The blocks' sums are added in order, as they are in a strip.
 
     void run_few(int64_t begin, int64_t end) const {
-        const int64_t users = end - begin;
-        int64_t blocks = 0;
-        for (int64_t b = begin; b < end; ++b) blocks = max(blocks, ceil_div(keys_of(b), kBlock));
-        const int64_t rows = call.queries, o_floats = rows * o_stride, bias_floats = round_up(rows * blocks * kBlock, 16);
-        const int64_t per_user = round_up((o_floats + bias_floats) * 4 + rows * (blocks + 1) * 8, 64);
-        char* memory = static_cast<char*>(runtime.acquire(users * per_user));
-        const auto o_of = [=](int64_t b) { return reinterpret_cast<float*>(memory + (b - begin) * per_user); };
-        const auto bias_of = [=](int64_t b) { return o_of(b) + o_floats; };
-        const auto allowed_of = [=](int64_t b) { return reinterpret_cast<uint64_t*>(bias_of(b) + bias_floats); };
-        const auto reach_of = [=](int64_t b) { return reinterpret_cast<int64_t*>(allowed_of(b) + rows * blocks); };
-        parallel(users, [=, this](int64_t item) {
-            const int64_t b = begin + item;
-            prepare(b, 0, rows_of(b), ceil_div(keys_of(b), kBlock), bias_of(b), allowed_of(b), reach_of(b));
+        const int64_t users = end - begin, rows = call.queries;
+        int64_t num_blocks = 0;
+        for (int64_t b = begin; b < end; ++b) num_blocks += ceil_div(keys_of(b), kBlock);
+        const int64_t q_words = users * rows * q_stride, sums = num_blocks * rows * o_stride, biases = num_blocks * rows * kBlock;
+        const int64_t bytes = (q_words + sums + biases) * 4 + (num_blocks * rows + users * rows + users + 2 * num_blocks) * 8 + 64;
+        char* memory = static_cast<char*>(runtime.acquire(bytes));
+        uint32_t* queries = reinterpret_cast<uint32_t*>(memory);                 // [user][row][q_stride]
+        float* sum = reinterpret_cast<float*>(queries + q_words);                // [block][row][o_stride]
+        float* bias = sum + sums;                                                // [user][row][keys]
+        uint64_t* allowed = reinterpret_cast<uint64_t*>(memory + round_up((q_words + sums + biases) * 4, 64));
+        int64_t* reach = reinterpret_cast<int64_t*>(allowed + num_blocks * rows);
+        int64_t* first_block = reach + users * rows;
+        Work* work = reinterpret_cast<Work*>(first_block + users);
+        num_blocks = 0;
+        for (int64_t b = begin; b < end; ++b) {
+            first_block[b - begin] = num_blocks;
+            for (int64_t i = 0; i < ceil_div(keys_of(b), kBlock); ++i) work[num_blocks++] = {b, i};
+        }
+        parallel(users, [=, this](int64_t user) {
+            const int64_t b = begin + user, at = first_block[user] * rows;
+            activate_queries(b, 0, rows_of(b), queries + user * rows * q_stride);
+            prepare(b, 0, rows_of(b), ceil_div(keys_of(b), kBlock), bias + at * kBlock, allowed + at, reach + user * rows);
         });
-        parallel(users * heads, [=, this](int64_t item) {
-            const int64_t b = begin + item / heads, head = item % heads, count = rows_of(b);
-            char* scratch = static_cast<char*>(runtime.local(pack_scratch() + (block_words + rows * k_stride) * 4));
-            uint32_t* block_memory = reinterpret_cast<uint32_t*>(scratch);
-            uint32_t* q = block_memory + block_words;
-            uint32_t* pack_memory = q + rows * k_stride;
-            activate_queries(b, head, 0, count, q);
-            walk(q, count, ceil_div(keys_of(b), kBlock), bias_of(b), allowed_of(b), reach_of(b), o_of(b) + head * v_lanes,
-                 [=, this](int64_t block) {
-                     pack_block(b, head, block, block_memory, pack_memory);
-                     return block_memory;
-                 });
+        parallel(num_blocks, [=, this](int64_t item) {
+            const auto [b, block] = work[item];
+            const int64_t user = b - begin, at = first_block[user] * rows, blocks = ceil_div(keys_of(b), kBlock);
+            float* o = sum + item * rows * o_stride;
+            std::memset(o, 0, rows_of(b) * o_stride * 4);
+            if (furthest(reach + user * rows, rows_of(b)) <= block * kBlock) return;
+            uint32_t* packed = static_cast<uint32_t*>(runtime.local(heads * block_words * 4 + pack_scratch()));
+            pack_block(b, block, packed, packed + heads * block_words);
+            for (int64_t head = 0; head < heads; ++head)
+                attend(queries + user * rows * q_stride + head * k_stride, rows_of(b), block, blocks, packed + head * block_words,
+                       bias + at * kBlock, allowed + at, reach + user * rows, o + head * v_lanes);
         });
-        parallel(users, [=, this](int64_t item) { finish(begin + item, 0, rows_of(begin + item), o_of(begin + item)); });
+        parallel(users, [=, this](int64_t user) {
+            const int64_t b = begin + user, floats = rows_of(b) * o_stride;
+            float* o = sum + first_block[user] * rows * o_stride;
+            if (keys_of(b) == 0) {
+                o = static_cast<float*>(runtime.local(floats * 4));
+                std::memset(o, 0, floats * 4);
+            }
+            for (int64_t block = 1; block < ceil_div(keys_of(b), kBlock); ++block)
+                for (int64_t i = 0; i < floats; i += kLanes)
+                    Simd::store(o + i, Simd::add(Simd::load(o + i), Simd::load(o + block * rows * o_stride + i)));
+            finish(b, 0, rows_of(b), o);
+        });
         runtime.release(memory);
     }
 
+    // Users in flight: enough for all workers, few enough for the caches.
     void run() const {
         const bool few = call.queries <= kStrip;
         for (int64_t b = 0; b < call.batch; ++b) clear(b);
         for (int64_t begin = 0, end = 0; begin < call.batch; begin = end) {
-            int64_t bytes = 0;
-            while (end < call.batch && (end == begin || bytes < kGroupBytes)) {
+            int64_t bytes = 0, items = 0;
+            while (end < call.batch && items < 4 * runtime.workers && bytes < kGroupBytes) {
                 const int64_t blocks = ceil_div(keys_of(end), kBlock);
-                bytes += few ? call.queries * (o_stride + blocks * kBlock) * 4 : blocks * heads * block_words * 4;
+                bytes += few ? blocks * call.queries * (o_stride + kBlock) * 4 : blocks * heads * block_words * 4;
+                items += few ? blocks : ceil_div(rows_of(end), kStrip);
                 ++end;
             }
-            few ? run_few(begin, end) : run_group(begin, end);
+            few ? run_few(begin, end) : run_many(begin, end);
         }
     }
 };
 
 template <class Words>
 void run_words(const Call& call, const Runtime& runtime) {
-    if (call.io_type == hstu::kBfloat16) {
+    if (call.in_type == hstu::kBfloat16) {
         Attention<Words, uint16_t>{call, runtime}.run();
     } else {
         Attention<Words, float>{call, runtime}.run();

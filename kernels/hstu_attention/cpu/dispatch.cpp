@@ -157,7 +157,8 @@ EXPORT int32_t hstu_attention_limit_isa(const char* name) {
 EXPORT const char* hstu_attention(const Call* call) {
     if (const char* error = check(*call)) return error;
     if (chosen < 0) return "this CPU lacks AVX2 and FMA";
-    const hstu::Runtime runtime{call->threaded ? threaded : serial, local, acquire, release};
+    const int64_t workers = call->threaded ? tbb::this_task_arena::max_concurrency() : 1;
+    const hstu::Runtime runtime{workers, workers > 1 ? threaded : serial, local, acquire, release};
     kKernels[chosen](*call, runtime);
     return nullptr;
 }

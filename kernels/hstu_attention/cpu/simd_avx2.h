@@ -24,7 +24,9 @@ struct Simd {
     static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
     static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
     static Float fnma(Float a, Float b, Float c) { return _mm256_fnmadd_ps(a, b, c); }
-    static Float clamp(Float a, Float low, Float high) { return _mm256_min_ps(_mm256_max_ps(a, low), high); }
+    static Float limit(Float a, Float most) {  // |a| <= most, sign of a
+        return _mm256_min_ps(_mm256_max_ps(a, _mm256_sub_ps(zero(), most)), most);
+    }
     static float sum(Float a) {
         const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
         const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));

@@ -22,7 +22,7 @@ struct Simd {
     static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
     static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
     static Float fnma(Float a, Float b, Float c) { return _mm512_fnmadd_ps(a, b, c); }
-    static Float clamp(Float a, Float low, Float high) { return _mm512_min_ps(_mm512_max_ps(a, low), high); }
+    static Float limit(Float a, Float most) { return _mm512_range_ps(a, most, 0b0010); }  // |a| <= most, sign of a
     static float sum(Float a) { return _mm512_reduce_add_ps(a); }
     static Float load(const float* p) { return _mm512_loadu_ps(p); }
     static Float load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
