@@ -128,8 +128,9 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, pickle.UnpicklingError):
         found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
         return found[1][:200] if found else "not a file that torch.save wrote"
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    if isinstance(error, (RuntimeError, OSError, EOFError, zipfile.BadZipFile)) and str(error).strip():
+        return str(error).strip().splitlines()[0][:200]
+    return "not a file that torch.save wrote"
 
 
 def _names(prefix: str, num_layers: int) -> dict[str, str]:
