@@ -65,6 +65,7 @@ def entry(config: HSTUConfig, name: EntryName) -> Entry:
         TensorSpec(name="lengths", dtype="int64", shape=("B",), meaning="events of each user, 0..L"),
         TensorSpec(name="query_time", dtype="int64", shape=("B",), meaning="when the answer is wanted, 0 = not given"),
     ]
+    outputs: tuple[TensorSpec, ...]
     if name == "retrieve":
         outputs = (
             TensorSpec(name="user_embedding", dtype="float32", shape=("B", config.embedding_dim), meaning="L2 norm 1"),

@@ -87,7 +87,7 @@ def _write_examples(checkpoint: Artifact, config: HSTUConfig, folder: Path) -> N
             if action:
                 event["action"] = vocabulary.actions[int(action) - 1]
             events.append(event)
-        request = {"user_id": f"held-out-{row + 1}", "events": events}
+        request: dict[str, object] = {"user_id": f"held-out-{row + 1}", "events": events}
         if one.query_time[0]:
             request["query_timestamp"] = int(one.query_time[0])
         lines.append(json.dumps(request, ensure_ascii=False) + "\n")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from hstu.artifact import Artifact
 from hstu.errors import GateError
+from stages.bundle import BundleParams
 from stages.contract import Workspace, execute, say
 from stages.parameters import load_params
 from stages.pipeline import PIPELINE, stage
@@ -28,7 +29,7 @@ def compile_bundle(workspace: Workspace, *, until: str = "benchmark", strict: bo
     Raises GateError when the bundle's default engine is refused, or any engine is and `strict`.
     """
     last = stage(until)
-    bundle = load_params(stage("bundle").params, workspace.values.get("bundle", {}), section="bundle")
+    bundle = load_params(BundleParams, workspace.values.get("bundle", {}), section="bundle")
     artifacts: dict[str, Artifact] = {}
     refused: dict[str, str] = {}
     backend = workspace.values.get("build-engine", {}).get("backend", "auto")

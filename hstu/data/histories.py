@@ -106,11 +106,11 @@ class Histories:
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(**{name: arrays[name] for name in cls.__slots__})
         except (OSError, ValueError, KeyError) as error:
-            raise ArtifactError(f"{path}: not a histories file ({error})", fix="run the stage that wrote it again") from None
+            raise ArtifactError(f"{path}: not a histories file ({error})", fix="run its stage again") from None
 
 
 def histories_from_rows(rows: Sequence[Mapping[str, Sequence[int]]], *, num_tasks: int = 0) -> Histories:
-    """Histories from one mapping a user: item_ids, timestamps, and optionally actions, query_time [1], target_item [1]."""
+    """Histories from one mapping a user: item_ids, timestamps; optionally actions, query_time [1], target_item [1]."""
 
     def jagged(name: str) -> Int64s:
         parts = [np.asarray(r.get(name, np.zeros(len(r["item_ids"]))), dtype=np.int64) for r in rows]
