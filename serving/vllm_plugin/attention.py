@@ -34,6 +34,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from hstu.time_buckets import time_buckets
 
 PADDING = 1.25  # a group may be this many times larger than what is real in it
+HIDDEN = -1e30  # a bias that hides an event: SiLU of it is 0 exactly, whatever the score
 GROUP_SCORES = 1 << 21  # scores (requests · queries · keys · heads) attended at once: about 8 MiB of float32
 
 
@@ -41,19 +42,24 @@ GROUP_SCORES = 1 << 21  # scores (requests · queries · keys · heads) attended
 class Group:
     """Requests attended together: B requests of up to Q new rows over up to L events, padded.
 
-    rows int64 [B, Q]: place of each new row in the step; is_row bool [B, Q], None when nothing is padded;
+    rows int64 [B·Q]: place of each new row in the step, a request's first where it has no more;
+    real int64 [n]: which of these stand for a row, None when all do;
     pages int64 [B, P], None when every event of these requests is new in this step;
-    mask bool [B, Q, L]: row may see event; distance int64 [B, Q, L]: j - i + N - 1, clamped;
-    kv_mask bool [B, L], None when every request has L events; buckets int64 [B, Q, L]: set by the model.
+    page_heads int64 [B·H·P]: the pages' places in a cache seen as [pages · heads, ·];
+    padding (int64 [n], int64 [n]): request and place of the keys past a request's last, for groups with pages;
+    distance int64 [B·Q·L]: j - i + N - 1, or 2N - 1 where a row may not see an event;
+    buckets int64 [B·Q·L]: time buckets, set by the model.
     """
 
-    rows: Tensor
-    is_row: Tensor | None
-    pages: Tensor | None
-    mask: Tensor
-    distance: Tensor
-    kv_mask: Tensor | None
+    num_requests: int
+    num_queries: int
     length: int
+    rows: Tensor
+    real: Tensor | None
+    pages: Tensor | None
+    page_heads: Tensor | None
+    padding: tuple[Tensor, Tensor] | None
+    distance: Tensor
     buckets: Tensor | None = None
 
 
@@ -78,10 +84,11 @@ class HSTUMetadata(AttentionMetadata):  # type: ignore[misc]
         by_page = times.view(-1, self.block_size)
         for group in self.groups:
             if group.pages is None:
-                key_times = times[self.slots][group.rows]
+                key_times = times[self.slots][group.rows].view(group.num_requests, group.length)
             else:
                 key_times = by_page[group.pages].flatten(1)[:, : group.length]
-            group.buckets = time_buckets(next_times[group.rows].unsqueeze(2) - key_times.unsqueeze(1))
+            query_times = next_times[group.rows].view(group.num_requests, group.num_queries)
+            group.buckets = time_buckets(query_times.unsqueeze(2) - key_times.unsqueeze(1)).flatten()
 
 
 class HSTUMetadataBuilder(AttentionMetadataBuilder[HSTUMetadata]):  # type: ignore[misc]
@@ -139,18 +146,23 @@ class HSTUMetadataBuilder(AttentionMetadataBuilder[HSTUMetadata]):  # type: igno
         is_row = query < new.unsqueeze(1)
         position = context[index].unsqueeze(1) + query
         distance = key - position.unsqueeze(2)
-        all_new = all(num_new[m] == lengths[m] for m in members)
-        even_rows = all(num_new[m] == num_queries for m in members)
-        even_keys = all(lengths[m] == length for m in members)
-        num_pages = -(-length // self.block_size)
+        visible = (distance <= 0) & is_row.unsqueeze(2)
+        pages = page_heads = padding = None
+        if any(num_new[m] < lengths[m] for m in members):
+            pages = table[index, : -(-length // self.block_size)].long()
+            heads = torch.arange(self.num_heads, device=device).unsqueeze(1)
+            page_heads = (pages.unsqueeze(1) * self.num_heads + heads).flatten()
+            padding = torch.nonzero(key >= seen.unsqueeze(1), as_tuple=True)
         return Group(
-            rows=torch.where(is_row, first[index].unsqueeze(1) + query, first[index].unsqueeze(1)),
-            is_row=None if even_rows else is_row,
-            pages=None if all_new else table[index, :num_pages].long(),
-            mask=(distance <= 0) & is_row.unsqueeze(2),
-            distance=(distance.clamp(max=0) + self.max_length - 1).clamp(min=0),
-            kv_mask=None if even_keys else key < seen.unsqueeze(1),
+            num_requests=len(members),
+            num_queries=num_queries,
             length=length,
+            rows=torch.where(is_row, first[index].unsqueeze(1) + query, first[index].unsqueeze(1)).flatten(),
+            real=None if all(num_new[m] == num_queries for m in members) else is_row.flatten().nonzero().squeeze(1),
+            pages=pages,
+            page_heads=page_heads,
+            padding=padding,
+            distance=torch.where(visible, distance + self.max_length - 1, 2 * self.max_length - 1).flatten(),
         )
 
 
@@ -212,10 +224,12 @@ class HSTUAttentionImpl(AttentionImpl[HSTUMetadata]):  # type: ignore[misc]
         self, layer: AttentionLayer, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """Keys [T, H, dqk] and values [T, H, dv] stand in the pages [blocks, H, block, dqk + dv] at their slots."""
-        slots = slot_mapping.long().clamp(min=0)
-        block_size = kv_cache.shape[2]
+        slots = slot_mapping.long().clamp(min=0).unsqueeze(1)
+        _, heads, block_size, width = kv_cache.shape
+        head = torch.arange(heads, device=slots.device)
+        places = (slots // block_size * heads + head) * block_size + slots % block_size
         rows = torch.cat([key[: len(slots)], value[: len(slots)]], dim=-1).to(kv_cache.dtype)
-        kv_cache[slots // block_size, :, slots % block_size] = rows
+        kv_cache.view(-1, width).index_copy_(0, places.flatten(), rows.flatten(0, 1))
 
     def forward(
         self,
@@ -232,29 +246,35 @@ class HSTUAttentionImpl(AttentionImpl[HSTUMetadata]):  # type: ignore[misc]
         """Write Σ SiLU(q·k + bias) / N · v into `output` [T, H, dv]; zeros when vLLM only measures memory."""
         if attn_metadata is None:
             return output.zero_()
+        position_bias = F.pad(self.position_bias, (0, 1), value=HIDDEN)
         for group in attn_metadata.groups:
-            attended = self._attend(group, query, key, value, kv_cache).to(output.dtype)
-            if group.is_row is None:
-                output[group.rows.flatten()] = attended.flatten(0, 1)
+            attended = self._attend(group, query, key, value, kv_cache, position_bias).to(output.dtype).flatten(0, 1)
+            if group.real is None:
+                output.index_copy_(0, group.rows, attended)
             else:
-                output[group.rows[group.is_row]] = attended[group.is_row]
+                output.index_copy_(0, group.rows[group.real], attended[group.real])
         return output
 
-    def _attend(self, group: Group, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor) -> Tensor:
+    def _attend(
+        self, group: Group, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, position_bias: Tensor
+    ) -> Tensor:
         """Attended values float32 [B, Q, H, dv] of a group."""
-        if group.pages is None:
-            k, v = key[group.rows].transpose(1, 2), value[group.rows].transpose(1, 2)
+
+        def by_head(rows: Tensor) -> Tensor:
+            return rows.index_select(0, group.rows).unflatten(0, (group.num_requests, -1)).transpose(1, 2)
+
+        if group.page_heads is None:
+            k, v = by_head(key), by_head(value)
         else:
-            pages = kv_cache[group.pages]  # [B, P, H, block, dqk + dv]
-            events = pages.transpose(1, 2).flatten(2, 3)[:, :, : group.length]
+            pages = kv_cache.flatten(0, 1).index_select(0, group.page_heads)  # [B · H · P, block, dqk + dv]
+            events = pages.view(group.num_requests, self.num_heads, -1, pages.shape[-1])[:, :, : group.length]
+            if group.padding is not None:  # what stands after a history's end may be anything, and 0 · NaN is NaN
+                events[group.padding[0], :, group.padding[1]] = 0.0
             k, v = events[..., : self.head_size], events[..., self.head_size :]
-        if group.kv_mask is not None:  # what stands after a history's end may be anything, and 0 · NaN is NaN
-            v = v.masked_fill(~group.kv_mask[:, None, :, None], 0.0)
-        scores = (query[group.rows].transpose(1, 2) @ k.transpose(2, 3)).float()
-        bias = self.position_bias[group.distance] + self.time_bias[group.buckets]
-        weights = F.silu(scores + bias.unsqueeze(1)) / self.max_length
-        weights = weights.masked_fill(~group.mask.unsqueeze(1), 0.0)
-        return (weights.to(v.dtype) @ v).float().transpose(1, 2)
+        bias = position_bias.index_select(0, group.distance) + self.time_bias.index_select(0, group.buckets)
+        scores = (by_head(query) @ k.transpose(2, 3)).float()
+        weights = F.silu(scores.add_(bias.view(-1, 1, *scores.shape[2:])), inplace=True)
+        return ((weights.to(v.dtype) @ v).float() / self.max_length).transpose(1, 2)
 
 
 class HSTUAttentionBackend(AttentionBackend):  # type: ignore[misc]

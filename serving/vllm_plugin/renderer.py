@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
@@ -20,9 +21,9 @@ from serving.vllm_plugin.records import check_records
 class HSTURenderer(HfRenderer):  # type: ignore[misc]
     """Takes prompts of records, of item ids (a history without times) and of text ("12 7 31")."""
 
-    @property
-    def shape(self) -> HSTUConfig:
-        return self.model_config.hf_config.shape  # type: ignore[no-any-return]
+    def __init__(self, config: VllmConfig, tokenizer: Any) -> None:
+        super().__init__(config, tokenizer)
+        self.shape: HSTUConfig = config.model_config.hf_config.shape
 
     def validate_token_ids(self, token_ids: Sequence[int], *, parameter: str | None = None) -> None:
         """VLLMValidationError unless these are real items, and no more than the model's history holds."""

@@ -174,14 +174,15 @@ def _server(bundle: Path, settings: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     _, *arguments = serve_command(settings).split()
-    process = subprocess.Popen(
-        [sys.executable, *arguments, "--host", "127.0.0.1", "--port", str(port)],
-        cwd=bundle,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
-        stdout=(bundle / "server.log").open("w"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    with (bundle / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *arguments, "--host", "127.0.0.1", "--port", str(port)],
+            cwd=bundle,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(240):
