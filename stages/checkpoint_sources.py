@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from hstu.artifact import MANIFEST, Artifact, open_artifact, sha256_file
-from hstu.checkpoints.histories import drawn_histories, spread_rows, translated_histories
+from hstu.checkpoints.histories import drawn_histories, spread_rows, translated_histories, with_tasks
 from hstu.checkpoints.huggingface import load_pretrained, weight_files
 from hstu.checkpoints.meta_research import load_meta_research
 from hstu.config import TASKS, HSTUConfig
@@ -51,6 +51,13 @@ def train_reference(params: CheckpointParams, data: Artifact) -> Trained:
     """The model trained on the prepared log, and what it has to beat; InputError when there is nothing to learn."""
     vocabulary = Vocabulary.load(data.file("vocabulary.json"))
     histories = Histories.load(data.file("train.npz"))
+    outcomes = np.load(data.file("train_outcomes.npy"))
+    known = (outcomes >= 0).any(axis=0)  # a head for an outcome that nothing in the log tells would be a random one
+    tasks = tuple(task for task, is_known in zip(TASKS, known, strict=True) if is_known)
+    if len(tasks) < len(TASKS):
+        say(
+            f"checkpoint: no task heads for {', '.join(t for t in TASKS if t not in tasks)}: the log does not tell them"
+        )
     config = HSTUConfig(
         num_items=vocabulary.num_items,
         embedding_dim=params.reference_embedding_dim,
@@ -62,8 +69,8 @@ def train_reference(params: CheckpointParams, data: Artifact) -> Trained:
         max_generated=params.max_generated,
         num_actions=vocabulary.num_actions,
         num_gap_buckets=params.reference_gap_buckets,
-        tasks=TASKS,
-        head_dim=params.reference_head_dim,
+        tasks=tasks,
+        head_dim=params.reference_head_dim if tasks else 0,
         absent_query_time="last_event",
     )
     training = Training(
@@ -77,7 +84,7 @@ def train_reference(params: CheckpointParams, data: Artifact) -> Trained:
         threads=params.reference_threads,
     )
     with _training_bar() as report:
-        model = train(config, histories, np.load(data.file("train_outcomes.npy")), training, report=report)
+        model = train(config, histories, outcomes[:, known], training, report=report)
     evaluation = _some(Histories.load(data.file("evaluation.npz")), params.evaluation_histories, config, quiet=True)
     return Trained(
         model=model,
@@ -135,7 +142,7 @@ def histories_for(params: CheckpointParams, trained: Trained, data: Artifact) ->
             some = _some(Histories.load(data.file(f"{name}.npz")), count, config)
             if known_as != trained.vocabulary:
                 some = translated_histories(some, config, known_as=known_as, vocabulary=trained.vocabulary)
-            splits[name] = some
+            splits[name] = with_tasks(some, config.tasks)
         return HistorySplits(calibration=splits["calibration"], evaluation=splits["evaluation"], source="prepared")
     say(
         f"checkpoint: no event log came with this {params.source} checkpoint: {counts['calibration']} calibration and "

@@ -67,8 +67,7 @@ def translated_histories(
 ) -> Histories:
     """Histories whose ids are those of `known_as`, in the ids of `vocabulary`.
 
-    Actions that the model does not know become none (0), outcomes of tasks that it does not have are left
-    out. Raises InputError naming items that the model does not know.
+    Actions that the model does not know become none (0). Raises InputError naming items that it does not know.
     """
     ids = np.zeros(known_as.num_items + 1, dtype=np.int64)
     used = np.unique(np.concatenate([histories.item_ids, histories.target_item]))
@@ -92,7 +91,6 @@ def translated_histories(
         item_ids=ids[histories.item_ids],
         actions=actions[histories.actions],
         target_item=ids[histories.target_item],
-        target_outcomes=_outcomes_of(config, histories),
     )
 
 
@@ -104,10 +102,11 @@ def spread_rows(histories: Histories, count: int) -> Int64s:
     return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
 
 
-def _outcomes_of(config: HSTUConfig, histories: Histories) -> np.ndarray[tuple[int, ...], np.dtype[np.int8]]:
-    """int8 [B, tasks of the model]: the log's outcomes are in the order of `hstu.config.TASKS`."""
+def with_tasks(histories: Histories, tasks: tuple[str, ...]) -> Histories:
+    """A log's histories with the outcomes of a model's tasks, -1 (not known) for a task that the log does not have."""
     columns = [
         histories.target_outcomes[:, TASKS.index(task)] if task in TASKS else np.full(len(histories), -1, dtype=np.int8)
-        for task in config.tasks
+        for task in tasks
     ]
-    return np.stack(columns, axis=1) if columns else np.zeros((len(histories), 0), dtype=np.int8)
+    outcomes = np.stack(columns, axis=1) if columns else np.zeros((len(histories), 0), dtype=np.int8)
+    return replace(histories, target_outcomes=outcomes)

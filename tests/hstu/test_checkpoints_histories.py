@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hstu.checkpoints.histories import drawn_histories, spread_rows, translated_histories
+from hstu.checkpoints.histories import drawn_histories, spread_rows, translated_histories, with_tasks
 from hstu.data.histories import Histories
 from hstu.data.vocabulary import Vocabulary
 from hstu.errors import InputError
@@ -77,17 +77,20 @@ def test_a_log_in_raw_ids() -> None:
     assert translated.item_ids.tolist() == [40, 7, 150]
     assert translated.target_item.tolist() == [150, 0]
     assert translated.actions.tolist() == [0, 0, 0]  # the model has no action input
-    assert translated.target_outcomes.shape == (2, 0)
     assert np.array_equal(translated.timestamps, log().timestamps)
 
 
 def test_a_log_in_the_ids_and_actions_of_another_vocabulary() -> None:
     vocabulary = Vocabulary(items=("7", "150", "8", "40"), actions=("buy", "rent"))
-    config = tiny_config(tasks=("monetisation", "delight"))
-    translated = translated_histories(log(), config, known_as=LOG, vocabulary=vocabulary)
+    translated = translated_histories(log(), TINY, known_as=LOG, vocabulary=vocabulary)
     assert translated.item_ids.tolist() == [4, 1, 2]
     assert translated.actions.tolist() == [1, 0, 0]  # "view" is not known to the model
-    assert translated.target_outcomes.tolist() == [[1, -1], [0, -1]]
+
+
+def test_outcomes_of_the_tasks_a_model_has() -> None:
+    assert with_tasks(log(), ("monetisation", "delight")).target_outcomes.tolist() == [[1, -1], [0, -1]]
+    assert with_tasks(log(), TINY.tasks).target_outcomes.tolist() == log().target_outcomes.tolist()
+    assert with_tasks(log(), ()).target_outcomes.shape == (2, 0)
 
 
 @pytest.mark.parametrize("items", [("40", "151", "0"), ("40", "07", "150"), ("40", "item-7", "-1")])

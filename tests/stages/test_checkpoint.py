@@ -14,6 +14,7 @@ import torch
 
 from hstu.artifact import Artifact, open_artifact, write_manifest
 from hstu.checkpoints.huggingface import load_pretrained
+from hstu.config import TASKS
 from hstu.data.histories import Histories
 from hstu.data.vocabulary import Vocabulary
 from hstu.errors import ArtifactError, CompilerError, InputError, ParameterError
@@ -60,8 +61,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_prepared(folder, tuple(f"item-{index:03d}" for index in range(100)))
 
 
-def write_prepared(artifacts: Path, items: tuple[str, ...]) -> Path:
-    """A prepare-data artifact below `artifacts`, with random histories of up to 25 events and these items."""
+def write_prepared(artifacts: Path, items: tuple[str, ...], *, known: tuple[int, ...] = (0, 1, 2)) -> Path:
+    """A prepare-data artifact below `artifacts`: random histories of up to 25 events, these items, known outcomes."""
     folder = artifacts / "prepare-data"
     folder.mkdir(parents=True)
     Vocabulary(items=items, actions=("view", "click", "like", "purchase")).save(folder / "vocabulary.json")
@@ -69,6 +70,7 @@ def write_prepared(artifacts: Path, items: tuple[str, ...]) -> Path:
     train = random_histories(shape, num_users=50, seed=1)
     train.save(folder / "train.npz")
     outcomes = np.random.default_rng(2).integers(-1, 2, (len(train.item_ids), 3)).astype(np.int8)
+    outcomes[:, [task for task in range(3) if task not in known]] = -1
     np.save(folder / "train_outcomes.npy", outcomes)
     random_histories(shape, num_users=30, seed=3).save(folder / "evaluation.npz")
     random_histories(shape, num_users=8, seed=4).save(folder / "calibration.npz")
@@ -145,6 +147,16 @@ def test_the_reference_is_trained_on_the_prepared_log(prepared: Path, tmp_path: 
     said = capfd.readouterr().err
     assert "kept the newest 15 events of" in said
     assert "markov" in said
+
+
+@pytest.mark.parametrize("known", [(), (0, 2)])
+def test_only_outcomes_that_the_log_tells_get_a_head(known: tuple[int, ...], tmp_path: Path, capfd: Any) -> None:
+    artifact = run(write_prepared(tmp_path / "artifacts", ("a", "b", "c", "d"), known=known))
+    tasks = tuple(task for index, task in enumerate(TASKS) if index in known)
+    assert load_pretrained(artifact.path).config.tasks == tasks
+    assert check_histories(artifact, "evaluation.npz").target_outcomes.shape[1] == len(known)
+    assert {name for name in metrics(tmp_path / "artifacts") if name.startswith("auc")} == {f"auc_{t}" for t in tasks}
+    assert "no task heads for" in capfd.readouterr().err
 
 
 def build_names(prepared: Path) -> tuple[str, ...]:
