@@ -41,29 +41,24 @@ ENVIRONMENT = {
 }
 
 
-# The engines of this process: in use, and emptied but kept because others are in use. vLLM has one set of process
-# groups in a process, and an engine that goes, by shutdown or as garbage, ends them for all.
-_in_use: list[LLM] = []
-_emptied: list[LLM] = []
+_in_use: list[LLM] = []  # the engines of this process
 
 
 def _close(engines: dict[Runner, LLM]) -> None:
-    """Free the engines' weights and pages; what engines share goes with the last engine of the process."""
+    """Free the engines' weights and pages; what the engines of a process share goes with the last of them."""
     from vllm.v1.engine.core_client import InprocClient
 
-    for engine in engines.values():
+    while engines:
+        engine = engines.popitem()[1]
         _in_use.remove(engine)
         client = engine.llm_engine.engine_core
-        if isinstance(client, InprocClient):
-            if _in_use:
-                client.engine_core.model_executor.shutdown()
-            _emptied.append(engine)
+        if _in_use and isinstance(client, InprocClient):
+            # vLLM has one set of process groups in a process, and an engine that goes, by its own shutdown or as
+            # garbage, ends them for all: only what is this engine's own may go.
+            client._finalizer.detach()
+            client.engine_core.model_executor.shutdown()
         else:
             client.shutdown()
-    engines.clear()
-    if not _in_use:
-        while _emptied:
-            _emptied.pop().llm_engine.engine_core.shutdown()
 
 
 class VllmRuntime:
