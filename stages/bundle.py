@@ -125,7 +125,7 @@ Serve with vLLM, from this folder (the plugin comes with the package `hstu-compi
     {SERVE}./vllm.yaml          # slates: POST /v1/completions
     {SERVE}./vllm-pooling.yaml  # retrieval: POST /pooling
 
-    curl localhost:8000/pooling -d '{{"model": "hstu", "data": {{"items": [3, 5], "timestamps": [10, 20], "k": 10}}}}' \\
+    curl localhost:8000/pooling -d '{{"model": "hstu", "data": {{"items": [3, 5], "timestamps": [10, 20]}}}}' \\
          -H 'Content-Type: application/json'
 
 Check that these are the bytes that were built, and that every engine still gives the golden answers:
