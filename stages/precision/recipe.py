@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from hstu.config import HSTUConfig
 from hstu.data.histories import Histories
-from hstu.errors import GateError
+from hstu.errors import GateError, ParameterError
 from hstu.signature import EntryName
 from serving.engine import Array
 from stages.golden import spread_candidates
@@ -19,7 +19,7 @@ from stages.onnx_files import move_weights, open_weights, write_model
 from stages.passes.lint import lint
 from stages.precision import calibration, floats, int8
 from stages.precision.emulation import emulate
-from stages.precision.linears import find_linears, matches, require_known
+from stages.precision.linears import Linear, find_linears, matches, require_known
 from stages.precision.lint import lint_precision
 
 WIDE = {  # what no precision lowers
@@ -56,8 +56,15 @@ def lower_entry(
     linears = find_linears(model)
     if recipe.precision == "int8":
         require_known(recipe.int8_keep_wide, linears, parameter="build-engine.int8_keep_wide")
-        narrow = [x for x in linears if x.role != "item_head" and not matches(x, recipe.int8_keep_wide)]
-        scales = _scales(folder, name, config, recipe, histories, {x.name: x.input.name or "" for x in narrow})
+        narrow = narrow_linears(model, recipe)
+        if not narrow:
+            raise ParameterError(
+                "build-engine.int8_keep_wide: nothing is left for int8",
+                got=list(recipe.int8_keep_wide),
+                expected="fewer names",
+                fix="build --precision fp32 instead",
+            )
+        scales = activation_scales(folder, name, config, recipe, histories, narrow)
         int8.quantize(model, narrow, scales)
         types = {x.name: "int8" if x in narrow else "float32" for x in linears}
         facts: dict[str, Any] = {
@@ -85,10 +92,16 @@ def write_models(models: dict[EntryName, ir.Model], folder: Path) -> None:
             write_model(ir.to_proto(model), folder, name, writer)
 
 
-def _scales(
-    folder: Path, name: EntryName, config: HSTUConfig, recipe: Recipe, histories: Histories, tensors: dict[str, str]
+def narrow_linears(model: ir.Model, recipe: Recipe) -> list[Linear]:
+    """The linears that the recipe makes int8; the item head, which decides ranks, never is."""
+    return [x for x in find_linears(model) if x.role != "item_head" and not matches(x, recipe.int8_keep_wide)]
+
+
+def activation_scales(
+    folder: Path, name: EntryName, config: HSTUConfig, recipe: Recipe, histories: Histories, narrow: Sequence[Linear]
 ) -> dict[str, calibration.Scale]:
-    """The scale of every narrow linear's input, by linear name."""
+    """The scale of every narrow linear's input, by linear name, from the fp32 graph of the surgery artifact."""
+    tensors = {linear.name: linear.input.name or "" for linear in narrow}
 
     def batches() -> Sequence[dict[str, Array]]:
         rows = [histories.select([row]).newest(config.max_history) for row in range(len(histories))]

@@ -10,8 +10,8 @@ import pytest
 from hstu.errors import CompilerError, ParameterError
 from stages.precision.emulation import emulate
 from stages.precision.floats import lower_floats
-from stages.precision.lint import lint_precision
 from stages.precision.linears import find_linears, require_known
+from stages.precision.lint import lint_precision
 from tests.stages.precision.graphs import ops, run, small_feeds, small_model
 
 
