@@ -24,6 +24,7 @@ class BuildEngineParams:
     backend: Literal["auto", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt"]
     float_keep_wide: tuple[str, ...]
     int8_keep_wide: tuple[str, ...]
+    int8_around: Literal["auto", "fp32", "fp16", "bf16"]
     int8_widen_at_most: int
     calibration_histories: int
     calibration_method: Literal["max", "percentile", "mse"]
@@ -84,6 +85,7 @@ def run(params: BuildEngineParams, inputs: Mapping[str, Artifact], folder: Path)
     calibration = Histories.load(checkpoint.file("calibration.npz"))
     recipe = Recipe(
         precision=params.precision,
+        around=target.around_int8 if params.int8_around == "auto" else params.int8_around,
         float_keep_wide=params.float_keep_wide,
         int8_keep_wide=params.int8_keep_wide,
         method=params.calibration_method,

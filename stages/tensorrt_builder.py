@@ -23,7 +23,7 @@ from typing import Any
 
 from hstu.artifact import sha256_file
 from hstu.config import HSTUConfig
-from hstu.errors import CompilerError, MissingBackendError
+from hstu.errors import CompilerError, GateError, MissingBackendError
 from hstu.signature import EntryName, dynamic_ranges, entry
 from stages import tensorrt_worker
 
@@ -199,7 +199,7 @@ def _build_until_equal(request: dict[str, Any], folder: Path, *, what: str) -> N
         if digest in seen:
             return
         seen.add(digest)
-    raise CompilerError(
+    raise GateError(
         f"{MAX_BUILDS} builds of {what} gave {MAX_BUILDS} different engines",
         expected="the same bytes twice",
         fix="run build-engine again on a quieter machine",
@@ -220,7 +220,7 @@ def _run_worker(request: dict[str, Any], *, folder: Path, what: str) -> dict[str
         check=False,
     )
     if finished.returncode != 0:
-        raise CompilerError(
+        raise MissingBackendError(
             f"the {request['module']} builder ended with status {finished.returncode} while building {what}",
             got=finished.stderr.strip()[-2000:] or "no message",
             fix="a negative status is a crash or a kill (often too little memory)",

@@ -33,13 +33,22 @@ WIDE = {  # what no precision lowers
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """What a user chooses; `*_keep_wide` names roles (output) or modules (layers.3.output)."""
+    """What a user chooses; `*_keep_wide` names roles (output) or modules (layers.3.output).
+
+    `around` is the type of what int8 leaves: fp32, fp16 or bf16. The other precisions do not look at it.
+    """
 
     precision: str
+    around: str
     float_keep_wide: tuple[str, ...]
     int8_keep_wide: tuple[str, ...]
     method: calibration.Method
     percentile: float
+
+    @property
+    def floats(self) -> str:
+        """The type of what is not int8: fp32, fp16 or bf16."""
+        return self.around if self.precision == "int8" else self.precision
 
 
 def lower_entry(
@@ -47,13 +56,14 @@ def lower_entry(
 ) -> tuple[ir.Model, dict[str, Any]]:
     """The model of an entry of the surgery artifact at the recipe's precision, and what was done to it.
 
-    With `emulated` a bf16 model computes in float32 and rounds where bf16 would. Raises ParameterError when
+    With `emulated` what is bf16 computes in float32 and rounds where bf16 would. Raises ParameterError when
     `keep_wide` names what the model does not have, GateError when the result breaks a rule of TensorRT's.
     """
     model = ir.load(folder / f"{name}.onnx")
-    if recipe.precision == "fp32":
-        return model, {"linears": {linear.name: "float32" for linear in find_linears(model)}, "attention": "float32"}
     linears = find_linears(model)
+    types = {linear.name: "float32" for linear in linears}
+    facts: dict[str, Any] = {"linears": types, "attention": "float32", "tables": "float32"}
+    narrow: list[Linear] = []
     if recipe.precision == "int8":
         require_known(recipe.int8_keep_wide, linears, parameter="build-engine.int8_keep_wide")
         narrow = narrow_linears(model, recipe)
@@ -66,19 +76,15 @@ def lower_entry(
             )
         scales = activation_scales(folder, name, config, recipe, histories, narrow)
         int8.quantize(model, narrow, scales)
-        types = {x.name: "int8" if x in narrow else "float32" for x in linears}
-        facts: dict[str, Any] = {
-            "linears": types,
-            "attention": "float32",
-            "scales": {linear: asdict(scale) for linear, scale in scales.items()},
-        }
-    else:
+        facts["scales"] = {linear: asdict(scale) for linear, scale in scales.items()}
+    if recipe.floats != "fp32":
         require_known(recipe.float_keep_wide, linears, parameter="build-engine.float_keep_wide")
-        dtype = floats.DTYPES[recipe.precision]
-        types = floats.lower_floats(model, dtype, keep_wide=recipe.float_keep_wide)
-        facts = {"linears": types, "attention": dtype.name.lower(), "tables": dtype.name.lower()}
+        dtype = floats.DTYPES[recipe.floats]
+        types |= floats.lower_floats(model, dtype, linears, keep_wide=recipe.float_keep_wide)
+        facts["attention"] = facts["tables"] = dtype.name.lower()
+    types |= {linear.name: "int8" for linear in narrow}
     _require_legal(name, recipe.precision, model)
-    if emulated and recipe.precision == "bf16":
+    if emulated and recipe.floats == "bf16":
         emulate(model, ir.DataType.BFLOAT16)
         facts["emulated"] = "weights are stored in bfloat16, results rounded to it, sums and products are float32"
     return model, facts

@@ -28,6 +28,7 @@ PARAMS = BuildEngineParams(
     backend="onnxruntime",
     float_keep_wide=("logits",),
     int8_keep_wide=("output", "logits"),
+    int8_around="auto",
     int8_widen_at_most=0,
     calibration_histories=32,
     calibration_method="percentile",
