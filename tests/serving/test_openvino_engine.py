@@ -155,8 +155,8 @@ def test_operations_in_python_take_the_place_of_others_openvinos(
     engine_folder: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture, precision: str
 ) -> None:
     """The compiled ones go with one version; the answers are the same, and the log says what happened."""
+    native = open_engine(engine_folder("tiny", precision), threads=1)
     folder = Path(shutil.copytree(engine_folder("tiny", precision), tmp_path / "engine"))
-    native = open_engine(folder, threads=1)
     (folder / OPERATIONS).write_bytes(b"\x7fELF for another OpenVINO")
     with caplog.at_level("WARNING"):
         other = open_engine(folder, threads=1)
