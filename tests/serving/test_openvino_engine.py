@@ -19,6 +19,7 @@ from hstu.tolerances import TOLERANCES
 from kernels.cpu.library import LIBRARY, OPERATIONS
 from serving.engine import Array, EngineSpec, check_feeds, open_engine, read_spec
 from serving.engines.openvino import OpenVinoEngine
+from serving.engines.openvino_plain import PlainOpenVinoEngine
 from serving.engines.torch import TorchEngine
 from serving.self_check import check_independent, check_repeatable
 from stages import onnx_files, surgery
@@ -292,3 +293,16 @@ def test_openvino_alone_is_wrong_about_times() -> None:
     model = openvino.Model([openvino.opset13.divide(seconds, np.int64(1000))], [seconds])
     answer = openvino.Core().compile_model(model, "CPU")([np.array([1_700_000_000_000])])[0]
     assert answer[0] != 1_700_000_000
+
+
+def test_the_plain_peer_answers_nearly_as_eager(engine_folder: Folders, eager: Mapping[str, TorchEngine]) -> None:
+    """It is measured beside the engine. Its int32 is wrong at the edges of time; in bf16 so is its logarithm."""
+    folder = engine_folder("research", "fp32").parent / "research" / "plain"
+    (folder / "config.json").write_text(json.dumps(TINY_RESEARCH.to_pretrained()))
+    for precision, limit in (("fp32", 0.02), ("bf16", 1.0)):
+        plain = PlainOpenVinoEngine(folder, precision=precision, threads=1)
+        feeds = random_feeds(TINY_RESEARCH, "retrieve", [20, 7, 1])
+        assert worst_error(eager["research"].run("retrieve", feeds), plain.run("retrieve", feeds)) <= limit
+        plain.close()
+    with pytest.raises(ArtifactError, match="cannot read it"):
+        PlainOpenVinoEngine(folder.parent)
