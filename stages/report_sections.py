@@ -8,6 +8,7 @@ from typing import Any
 
 from hstu.tolerances import TOLERANCES
 from stages.charts import Bar, bar_chart, table
+from stages.gate_checks import is_disturbed
 from stages.report_evidence import Evidence
 from stages.report_speed import fastest, label, precision_order
 
@@ -33,6 +34,12 @@ def verdict(evidence: Evidence) -> str:
         lines.append(
             f"Against the accepted baseline: {found.count('fail')} checks fail, "
             f"{found.count('inconclusive')} cannot be judged, {found.count('pass')} pass."
+        )
+    disturbed = sum(is_disturbed(row) for row in rows)
+    if disturbed:
+        lines.append(
+            f"{disturbed} of {len(rows)} timings were disturbed: other work had the cores meanwhile. They are marked ~ "
+            "and say little."
         )
     if evidence.benchmark["skipped"]:
         count = len(evidence.benchmark["skipped"])

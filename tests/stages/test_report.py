@@ -133,6 +133,14 @@ def test_wrong_results_are_the_first_thing_said(workspace: Workspace) -> None:
     assert text.index("1 of 16 results are wrong") < text.index("Model and data")
 
 
+def test_disturbed_timings_are_marked(workspace: Workspace) -> None:
+    rows = benchmarks.benchmark()["results"]
+    rows[3]["core_wait_share"] = 0.4
+    text = Reader(page(reports(workspace, results=rows))).text
+    assert "1 of 16 timings were disturbed" in text
+    assert text.count("3.50× ~") == 2  # in the chart and in the table
+
+
 def test_the_verdict_is_that_of_the_gate(workspace: Workspace) -> None:
     slow = benchmarks.scaled(benchmarks.benchmark(), lambda row: 0.4)
     (workspace.reports / "baseline.json").write_bytes(encode_json(benchmarks.benchmark()))
