@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import mmap
 import os
 import threading
 from collections.abc import Mapping
@@ -46,14 +48,18 @@ class OpenVinoEngine:
         self.compiled: dict[str, openvino.CompiledModel] = {}
         self._requests: dict[str, openvino.InferRequest] = {}
         self._inputs: dict[str, list[str]] = {}
+        self._fixed: dict[str, dict[str, Array]] = {}
+        self._outputs = {name: [o.name for o in entry(self.config, name).outputs] for name in entry_names(self.config)}
         core = openvino.Core()
-        for name, file in spec.entries.items():
-            model = read_model(folder / file, self._library, self.operations)
+        for name in entry_names(self.config):
+            path = folder / spec.entries[name]
+            model, self._fixed[name] = read_model(path, self._library, self.operations)
             compiled = core.compile_model(model, "CPU", properties(threads or len(os.sched_getaffinity(0))))
             self.compiled[name] = compiled
             self._inputs[name] = [port.any_name for port in compiled.inputs]
             self._requests[name] = compiled.create_infer_request()
-        self._outputs = {name: [o.name for o in entry(self.config, name).outputs] for name in entry_names(self.config)}
+            self.run(name, _one_event(self.config, name))  # weights are packed when they are first used
+        _release_pages(folder)
 
     def run(self, entry: EntryName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The entry's outputs by name. Feeds must have passed `check_feeds`."""
@@ -63,7 +69,8 @@ class OpenVinoEngine:
             )
         names = self._inputs[entry]
         features = time_features(self.config, feeds, frozenset(names) & frozenset(NAMES), self._buckets)
-        inputs = {name: np.ascontiguousarray(features[name] if name in features else feeds[name]) for name in names}
+        given = {**feeds, **features, **self._fixed[entry]}
+        inputs = {name: np.ascontiguousarray(given[name]) for name in names}
         with self._lock:
             request = self._requests[entry]
             request.infer(inputs, share_inputs=True)
@@ -88,6 +95,30 @@ def properties(threads: int) -> dict[str, object]:
         "INFERENCE_PRECISION_HINT": "f32",  # narrower types stand in the graph
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # scales that depend on the batch would make answers depend on it
     }
+
+
+def _one_event(config: HSTUConfig, name: EntryName) -> dict[str, Array]:
+    """The smallest request of an entry."""
+    ones = {"item_ids", "lengths", "candidate_ids"}
+    return {
+        spec.name: np.full([1] * len(spec.shape), int(spec.name in ones), dtype=spec.dtype)
+        for spec in entry(config, name).inputs
+    }
+
+
+def _release_pages(folder: Path) -> None:
+    """Pages of the folder's weights leave this process's memory, and come back if they are read again.
+
+    OpenVINO maps the weights and then packs them into memory of its own; of the mapped ones only rows of the item
+    table are read later.
+    """
+    weights = {str(path) for path in folder.resolve().glob("*.bin")}
+    libc = ctypes.CDLL(None)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5] in weights and fields[1].startswith("r--"):  # never written, so on disk
+            start, end = (int(address, 16) for address in fields[0].split("-"))
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _open_library(folder: Path) -> Library:

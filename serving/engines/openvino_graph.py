@@ -5,6 +5,8 @@ The file is the one every backend gets. What is changed while it is read:
 - a call of a function of the domain `hstu` becomes an operation that calls the fused attention kernel;
 - what the graph computes of timestamps is replaced by inputs (`serving.time_features`): OpenVINO's CPU plugin
   keeps int64 in int32, which times and the edges of their buckets do not fit;
+- the factor √D of item rows is an input, which the engine always feeds the same: as a constant OpenVINO would multiply
+  it into a second copy of the table;
 - scores of all items and their top K become one operation that gives the same K (`kernels.item_head`);
 - where attention is bfloat16 and the CPU multiplies it, no cast stands between attention and a float32 product;
 - an int8 W_o reads rows that the attention kernel has quantised, each by its own scale, in place of one scale for
@@ -31,12 +33,17 @@ from serving import time_features
 from serving.engines.openvino_ops import FUNCTIONS, AttentionCall, HeadCall, Operations
 
 _TIMES = ("timestamps", "query_time")
-_TYPES = {time_features.HISTORY_BUCKETS: Type.u8, time_features.QUERY_BUCKETS: Type.u8}
+_ITEM_SCALE = "item_scale"
+_TYPES = {
+    time_features.HISTORY_BUCKETS: Type.u8,
+    time_features.QUERY_BUCKETS: Type.u8,
+    _ITEM_SCALE: Type.f32,
+}
 _CALL = "hstu_call"  # the rt_info under which an operation's number in `_Reader.calls` stands
 
 
-def read_model(path: Path, library: Library, operations: Operations) -> openvino.Model:
-    """The model of an .onnx file, as described above.
+def read_model(path: Path, library: Library, operations: Operations) -> tuple[openvino.Model, dict[str, Array]]:
+    """The model of an .onnx file, as described above, and the inputs that are always fed the same.
 
     Raises ArtifactError when the file cannot be read or its graph is not one that surgery writes.
     """
@@ -53,20 +60,22 @@ def read_model(path: Path, library: Library, operations: Operations) -> openvino
             fix="run build-engine again",
         ) from None
     reader.replace_times(model)
+    reader.keep_item_table(model)
     reader.quantize_rows(model)
     reader.replace_item_head(model)
-    model.add_parameters([reader.features[name] for name in time_features.NAMES if name in reader.features])
+    model.add_parameters([reader.features[name] for name in sorted(reader.features)])
     model.validate_nodes_and_infer_types()
     reader.require_no_times(model)
-    return model
+    return model, reader.fixed
 
 
 class _Reader:
-    """What is found while one file is read: the features that its operations need, and their calls."""
+    """What is found while one file is read: the inputs that stand for parts of it, and the calls of its operations."""
 
     def __init__(self, path: Path, library: Library, operations: Operations) -> None:
         self._path, self._library, self._operations = path, library, operations
         self.features: dict[str, Any] = {}
+        self.fixed: dict[str, Array] = {}
         self.calls: list[AttentionCall] = []
 
     def convert(self, node: Any) -> list[Any]:
@@ -121,6 +130,16 @@ class _Reader:
                 of_candidates = "candidate_ids" in _ancestors(node.input_value(1).get_node())
                 name = time_features.CANDIDATE_GAP_ROWS if of_candidates else time_features.GAP_ROWS
                 node.input(1).replace_source_output(self._feature(name, 2))
+
+    def keep_item_table(self, model: openvino.Model) -> None:
+        """The factor of item rows is an input of a fixed value."""
+        for node in model.get_ordered_ops():
+            if node.get_type_name() != "Multiply":
+                continue
+            rows, factor = (_without_casts(value).get_node() for value in node.input_values())
+            if rows.get_type_name() == "Gather" and _constant_name(rows.input_value(0)).startswith("item_embedding."):
+                node.input(1).replace_source_output(self._feature(_ITEM_SCALE, 1))
+                self.fixed[_ITEM_SCALE] = np.array(_data(factor), dtype=np.float32).reshape(1)
 
     def quantize_rows(self, model: openvino.Model) -> None:
         """An int8 W_o, the product of what attention gives, reads int8 rows that attention has made."""
