@@ -64,6 +64,8 @@ def broken_requirements() -> list[str]:
     problems = set()
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]
+        if name is None or present[canonicalize_name(name)] != distribution.version:
+            continue  # a copy behind another on the path, such as those setuptools carries
         for text in distribution.requires or ():
             try:
                 requirement = Requirement(text)
@@ -96,4 +98,9 @@ def foreign_kernels() -> str | None:
 
 @cache
 def _installed() -> dict[str, str]:
-    return {canonicalize_name(d.metadata["Name"]): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    """Distribution name → version; of several copies on the path the first counts, as it does for an import."""
+    found: dict[str, str] = {}
+    for distribution in metadata.distributions():
+        if distribution.metadata["Name"]:
+            found.setdefault(canonicalize_name(distribution.metadata["Name"]), distribution.version)
+    return found
