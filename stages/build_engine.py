@@ -32,6 +32,7 @@ class BuildEngineParams:
     evaluation_histories: int
     max_abs_error: float | None
     min_cosine: float | None
+    min_mean_cosine: float | None
     min_top10_overlap: float | None
     max_quality_loss: float | None
     tf32: bool
@@ -45,7 +46,7 @@ class BuildEngineParams:
             require(getattr(self, name) >= 2, f"build-engine.{name}: too few", got=getattr(self, name), expected=">= 2")
         require(50.0 <= self.calibration_percentile <= 100.0, "build-engine.calibration_percentile: out of range",
                 got=self.calibration_percentile, expected="50..100")  # fmt: skip
-        for name in ("max_abs_error", "min_cosine", "min_top10_overlap", "max_quality_loss"):
+        for name in ("max_abs_error", "min_cosine", "min_mean_cosine", "min_top10_overlap", "max_quality_loss"):
             value = getattr(self, name)
             require(value is None or 0.0 <= value <= 1.0, f"build-engine.{name}: out of range",
                     got=value, expected="0..1, or null for the precision's own")  # fmt: skip
@@ -57,7 +58,7 @@ class BuildEngineParams:
     @property
     def limits(self) -> Tolerance:
         """The gate: the precision's tolerances, with what these parameters change."""
-        names = ("max_abs_error", "min_cosine", "min_top10_overlap", "max_quality_loss")
+        names = ("max_abs_error", "min_cosine", "min_mean_cosine", "min_top10_overlap", "max_quality_loss")
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return replace(TOLERANCES[self.precision], **changes)
 
@@ -78,7 +79,7 @@ def run(params: BuildEngineParams, inputs: Mapping[str, Artifact], folder: Path)
     from stages.engine_targets import choose
     from stages.precision.recipe import Recipe
 
-    target, why = choose(params.backend)
+    target, why = choose(params.backend, params.precision)
     version = target.require()
     say(f"build-engine: {params.precision} for {target.product} {version} ({why})")
     surgery, checkpoint = inputs["surgery"], inputs["checkpoint"]

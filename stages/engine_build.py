@@ -51,6 +51,8 @@ class EngineBuild:
         """
         sensitivity: dict[str, float] = {}
         while True:
+            for file in folder.iterdir():
+                file.unlink()  # not written over: a closed engine may still have it mapped
             facts = self.write_models(recipe, folder, self.target)
             spec = self.compile(folder, self.target) if self.target.executed else None
             try:
@@ -107,6 +109,8 @@ class EngineBuild:
                 told = {"settings": asdict(settings), "warnings": warnings}
                 (folder / f"{name}.build.json").write_bytes(encode_json(told))
                 say(f"build-engine: {target.product} built {files[name]}")
+        if target.add_files is not None:
+            target.add_files(folder)
         spec = EngineSpec(
             backend=target.backend, precision=self.params.precision, entries=files, executed=target.executed
         )

@@ -9,8 +9,11 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
-from hstu.errors import MissingBackendError
+from hstu.errors import MissingBackendError, ParameterError
+from kernels.cpu.library import KernelError, compiler_version
+from kernels.cpu.library import build as build_kernels
 from stages import tensorrt_builder
 from stages.tensorrt_builder import TENSORRT, TENSORRT_RTX, Product
 
@@ -23,19 +26,45 @@ class Target:
     product: str
     require: Callable[[], str]
     executed: bool  # False: engines are built here and run elsewhere
+    precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8")
     native_bf16: bool  # False: bf16 graphs compute in float32 and round
     around_int8: str  # what int8 leaves is in this type, unless build-engine.int8_around says otherwise
     builder: Product | None = None  # what compiles the ONNX files further
+    add_files: Callable[[Path], None] | None = None  # writes what the engine needs besides the graphs
 
 
 def _require_onnxruntime() -> str:
-    return _require("onnxruntime", "onnxruntime")
+    return _require("onnxruntime")
 
 
-def _require(module: str, distribution: str) -> str:
+def _require_openvino() -> str:
+    version = _require("openvino")
+    try:
+        compiler_version()
+    except KernelError as error:
+        raise MissingBackendError(
+            "the kernels of the openvino engine cannot be compiled here",
+            got=str(error),
+            fix="install g++ 12 or newer (only building needs it), or use --backend onnxruntime",
+        ) from None
+    return version
+
+
+def _add_kernels(folder: Path) -> None:
+    try:
+        build_kernels(folder)
+    except KernelError as error:
+        raise MissingBackendError(
+            "the kernels of the openvino engine cannot be compiled here",
+            got=str(error),
+            fix="install g++ 12 or newer (only building needs it), or use --backend onnxruntime",
+        ) from None
+
+
+def _require(module: str) -> str:
     if importlib.util.find_spec(module) is None:
-        raise MissingBackendError(f"{distribution} is not installed", fix="make environment (see README.md)")
-    return metadata.version(distribution)
+        raise MissingBackendError(f"{module} is not installed", fix="make environment (see README.md)")
+    return metadata.version(module)
 
 
 TARGETS = {
@@ -49,6 +78,16 @@ TARGETS = {
             native_bf16=True,
             around_int8="fp16",
             builder=TENSORRT,
+        ),
+        Target(
+            backend="openvino",
+            product="OpenVINO",
+            require=_require_openvino,
+            executed=True,
+            precisions=("fp32", "bf16", "int8"),
+            native_bf16=True,
+            around_int8="bf16",
+            add_files=_add_kernels,
         ),
         Target(
             backend="onnxruntime",
@@ -69,24 +108,35 @@ TARGETS = {
         ),
     )
 }
-AUTO = ("tensorrt", "onnxruntime")  # the first that is here; tensorrt-rtx never: its engines do not run here
+# The first that is here; tensorrt-rtx never: its engines do not run here.
+AUTO = ("tensorrt", "openvino", "onnxruntime")
 
 
-def choose(backend: str) -> tuple[Target, str]:
-    """The target that a value of `build-engine.backend` means, and why; MissingBackendError when it is not here."""
+def choose(backend: str, precision: str) -> tuple[Target, str]:
+    """The target that a value of `build-engine.backend` means for a precision, and why it is that one.
+
+    Raises MissingBackendError when it is not here, ParameterError when it was asked for and has not that precision.
+    """
     if backend != "auto":
-        if backend not in TARGETS:
-            raise MissingBackendError(
-                f"this build has no backend {backend!r}", expected=", ".join(TARGETS), fix="use --backend auto"
+        target = TARGETS[backend]
+        if precision not in target.precisions:
+            raise ParameterError(
+                f"build-engine: {target.product} has no {precision} engine here",
+                expected=", ".join(target.precisions),
+                fix="use another precision, or --backend auto",
             )
-        TARGETS[backend].require()
-        return TARGETS[backend], "asked for"
+        target.require()
+        return target, "asked for"
     passed_over = []
     for name in AUTO:
+        target = TARGETS[name]
+        if precision not in target.precisions:
+            passed_over.append(f"{target.product} has no {precision} engine here")
+            continue
         try:
-            TARGETS[name].require()
+            target.require()
         except MissingBackendError as error:
             passed_over.append(error.what)
             continue
-        return TARGETS[name], "; ".join((*passed_over, f"{TARGETS[name].product} is here"))
+        return target, "; ".join((*passed_over, f"{target.product} is here"))
     raise MissingBackendError("no backend is here", got="; ".join(passed_over), fix="make environment (see README.md)")

@@ -189,8 +189,9 @@ def profile(config: HSTUConfig, name: EntryName) -> dict[str, list[list[int]]]:
 def _build_until_equal(request: dict[str, Any], folder: Path, *, what: str) -> None:
     """The engine in `folder` is the one that came out twice.
 
-    About one TensorRT-RTX build in forty numbers its symbols in another order, for no reason of ours; the
-    same inputs should give the same artifact all the same.
+    The order in which TensorRT-RTX numbers symbols hangs on that of its threads: of most graphs every build is
+    the same, of some one in ten differs in a few dozen bytes. The same inputs should give the same artifact
+    all the same; what remains is a chance of a few in a hundred for such a graph.
     """
     seen = {sha256_file(folder / tensorrt_worker.ENGINE)}
     for _ in range(MAX_BUILDS - 1):

