@@ -121,8 +121,8 @@ def gates(evidence: Evidence) -> str:
     rows = []
     for name, metrics in evidence.metrics.items():
         engine = name.removeprefix("build-engine-")
-        if engine == name or "embedding_cosine" not in metrics or engine in evidence.built_only:
-            continue
+        if engine == name or name not in evidence.lineage or "embedding_cosine" not in metrics:
+            continue  # of another stage, or of an engine that is not in this bundle
         limit = TOLERANCES[engine.partition("-")[0]]
         hit, kept = metrics.get("hr_at_10"), "–"
         if hit is not None:

@@ -8,6 +8,7 @@ from html import escape
 from hstu.tolerances import TOLERANCES
 from stages.charts import Bar, bar_chart, table
 from stages.gate_checks import is_disturbed
+from stages.measure.cases import CASES
 from stages.report_evidence import Evidence, Row
 
 TONES = {"fp32": "ours-0", "bf16": "ours-1", "int8": "ours-2", "fp16": "ours-3"}
@@ -23,7 +24,9 @@ RUNTIMES = ("torch-eager", "torch-compile", "onnx-plain", "engine", "vllm")
 def speed(evidence: Evidence) -> str:
     """Latency, throughput and memory of every runtime, case by case."""
     parts = []
-    for case, about in evidence.benchmark["cases"].items():
+    cases = evidence.benchmark["cases"]
+    for case in sorted(cases, key=[case.name for case in CASES].index):
+        about = cases[case]
         rows = [row for row in evidence.rows if row["case"] == case]
         parts.append(f"<h3>{escape(case)}: {escape(about['summary'])}</h3>")
         for entry, title in ENTRIES.items():
