@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from hstu.config import HSTUConfig
 from hstu.errors import InputError
 from hstu.signature import EntryName
-from serving.engine import Array, open_engine, read_spec
+from serving.engine import BACKENDS, Array, open_engine, read_spec
 from stages.measure.cases import SLATE, BenchmarkEntry, Cell
 from stages.measure.requests import Request
 
@@ -124,15 +125,20 @@ def contestants(files: ModelFiles) -> list[Contestant]:
 def prepare(contestant: Contestant, threads: int) -> None:
     """Import what the runtime stands on and size its pools, so that what comes after is the model's own memory."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    if contestant.runtime in ("torch-eager", "torch-compile"):
+    if contestant.runtime == "vllm":
+        from serving.vllm_plugin.runtime import ENVIRONMENT
+
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        import vllm  # noqa: F401
+    elif contestant.backend in BACKENDS:
+        import_module(BACKENDS[contestant.backend])
+    else:
         import torch
 
+        import serving.engines.torch  # noqa: F401
+
         torch.set_num_threads(threads)
-        import serving.engines.torch
-    elif contestant.runtime == "vllm":
-        import serving.vllm_plugin.runtime  # noqa: F401
-    else:
-        import onnxruntime  # noqa: F401
 
 
 def open_runtime(contestant: Contestant, threads: int) -> Runtime:
