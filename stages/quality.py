@@ -15,13 +15,14 @@ from hstu.metrics import hit_rate, ndcg
 from hstu.signature import entry_names
 from hstu.tolerances import Tolerance
 from serving.engine import Array, Engine, check_feeds
-from serving.self_check import check_independent, check_repeatable
+from serving.self_check import NOISE, check_independent, check_repeatable
 from stages.entry_check import check_batches, worst_error
 from stages.golden import spread_candidates
 
 BATCH = 32
 TIE = 1e-6  # items whose fp32 scores are this near may stand in either order
 _CHECK_SEED = 11
+_ROUNDING = 0.1  # of the error a precision may have: what a few values that round the other way come to
 
 
 def measure(engine: Engine, reference: Engine, histories: Histories) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def gate(engine: Engine, reference: Engine, histories: Histories, limits: Tolera
     figures = measure(engine, reference, histories)
     figures["max_abs_error"]["random_inputs"] = worst_on_random_inputs(engine, reference)
     figures["batch_dependence"] = {
-        name: check_independent(engine, name, feeds, limit=limits.max_abs_error)
+        name: check_independent(engine, name, feeds, limit=max(NOISE, limits.max_abs_error * _ROUNDING))
         for name in entry_names(engine.config)
         for feeds in [list(check_batches(engine.config, name, seed=_CHECK_SEED))[1]]
     }
