@@ -24,9 +24,6 @@ struct Simd {
     static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
     static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
     static Float fnma(Float a, Float b, Float c) { return _mm256_fnmadd_ps(a, b, c); }
-    static Float limit(Float a, Float most) {  // |a| <= most, sign of a
-        return _mm256_min_ps(_mm256_max_ps(a, _mm256_sub_ps(zero(), most)), most);
-    }
     static Float magnitude(Float a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
     static Float maximum(Float a, Float b) { return _mm256_max_ps(a, b); }
     static float most(Float a) {
@@ -65,15 +62,25 @@ struct Simd {
         for (int64_t i = 0; i < n && i < 8; ++i) p[i] = copy[i];
     }
 
-    // 2^(f + n) for f in [-1/2, 1/2], given 2^f and the float whose low bits are n
-    static Float scale(Float a, Float n) {
-        return _mm256_castsi256_ps(
-            _mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
+    // exp(-x) = 2^f 2^n by Cody-Waite reduction, f in [-1/2, 1/2], and a minimax polynomial (relative error 7.5e-8).
+    template <bool kFast>
+    static Float exp_minus(Float x) {
+        const Float most = set(86.0f), magic = set(12582912.0f), minus_log2e = set(-1.44269504f);
+        const Float y = _mm256_min_ps(_mm256_max_ps(x, sub(zero(), most)), most);
+        const Float t = fma(y, minus_log2e, magic);  // n stands in its low bits
+        const Float f = fma(y, minus_log2e, sub(magic, t));
+        Float p = fma(set(0.0013276466f), f, set(0.009675541f));
+        p = fma(p, f, set(0.055507135f));
+        p = fma(p, f, set(0.2402212f));
+        p = fma(p, f, set(0.69314694f));
+        p = fma(p, f, set(1.0000001f));
+        return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(t), 23)));
     }
     static Float reciprocal(Float a) {  // 12 bits, then one Newton step
         const Float r = _mm256_rcp_ps(a);
         return _mm256_mul_ps(r, _mm256_fnmadd_ps(a, r, _mm256_set1_ps(2.0f)));
     }
+    static Float refined_reciprocal(Float a, Float r) { return mul(r, fnma(a, r, set(2.0f))); }
     static Float keep(Float a, uint64_t bits) {
         const Int lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
         const Int set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits & 0xFF)), lane);
@@ -84,6 +91,8 @@ struct Simd {
     static Float look_up(const TimeTable& t, Int bucket) {
         return _mm256_i32gather_ps(t.values, _mm256_min_epi32(bucket, _mm256_set1_epi32(128)), 4);
     }
+    template <class T>
+    static Int buckets(const T* p) { return buckets(p, 8); }
     template <class T>
     static Int buckets(const T* p, int64_t n) {
         alignas(32) int32_t copy[8] = {};

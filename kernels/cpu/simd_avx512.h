@@ -22,7 +22,6 @@ struct Simd {
     static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
     static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
     static Float fnma(Float a, Float b, Float c) { return _mm512_fnmadd_ps(a, b, c); }
-    static Float limit(Float a, Float most) { return _mm512_range_ps(a, most, 0b0010); }  // |a| <= most, sign of a
     static Float magnitude(Float a) { return _mm512_abs_ps(a); }
     static Float maximum(Float a, Float b) { return _mm512_max_ps(a, b); }
     static float sum(Float a) { return _mm512_reduce_add_ps(a); }
@@ -41,12 +40,31 @@ struct Simd {
     static void store(uint16_t* p, Float a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
     static void store(uint16_t* p, Float a, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), narrow(a)); }
 
-    // 2^(f + n) for f in [-1/2, 1/2], given 2^f and the float whose low bits are n
-    static Float scale(Float a, Float n) {
-        return _mm512_castsi512_ps(
-            _mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
+    // exp(-x) = 2^z, z = -x log2(e): 2^floor(z) by the instruction for it, 2^fraction by a minimax polynomial
+    // (relative error 7.5e-8, or 7.5e-5 where the result is rounded to bf16 anyhow). Infinite where it overflows.
+    template <bool kFast>
+    static Float exp_minus(Float x) {
+        const Float minus_log2e = set(-1.44269504f);
+        if constexpr (kFast) {
+            const Float z = mul(x, minus_log2e), f = _mm512_reduce_ps(z, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+            Float p = fma(set(0.07802448f), f, set(0.22606720f));
+            p = fma(p, f, set(0.69583350f));
+            p = fma(p, f, set(0.99992520f));
+            return _mm512_scalef_ps(p, z);
+        }
+        const Float n = _mm512_roundscale_ps(mul(x, minus_log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const Float f = _mm512_fmsub_ps(x, minus_log2e, n);
+        Float p = fma(set(0.0013276466f), f, set(0.009675541f));
+        p = fma(p, f, set(0.055507135f));
+        p = fma(p, f, set(0.2402212f));
+        p = fma(p, f, set(0.69314694f));
+        return _mm512_scalef_ps(fma(p, f, set(1.0000001f)), n);
     }
-    static Float reciprocal(Float a) { return _mm512_rcp14_ps(a); }  // 14 bits
+    static Float reciprocal(Float a) { return _mm512_rcp14_ps(a); }  // 14 bits; 0 of infinity
+    // One Newton step; infinity has the reciprocal 0, which the step would make NaN.
+    static Float refined_reciprocal(Float a, Float r) {
+        return _mm512_mask_mul_ps(r, _mm512_cmp_ps_mask(a, set(1e37f), _CMP_LT_OQ), r, fnma(a, r, set(2.0f)));
+    }
     static Float keep(Float a, uint64_t bits) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), a); }
 
     static TimeTable table(const float* p) {
@@ -64,9 +82,14 @@ struct Simd {
         const __mmask16 last = _mm512_cmpge_epi32_mask(bucket, _mm512_set1_epi32(128));
         return _mm512_mask_mov_ps(_mm512_mask_blend_ps(upper, low_half, high_half), last, t.last);
     }
+    static Int buckets(const uint8_t* p) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
     static Int buckets(const uint8_t* p, int64_t n) {
         return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), p));
     }
+    template <class T>
+    static Int buckets(const T* p) { return buckets(p, 16); }
     static Int buckets(const int32_t* p, int64_t n) {
         return _mm512_max_epi32(_mm512_maskz_loadu_epi32(first(n), p), _mm512_setzero_si512());
     }

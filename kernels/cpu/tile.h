@@ -29,29 +29,12 @@ void parallel(const hstu::Runtime& runtime, int64_t count, F body) {
     runtime.parallel(count, [](void* f, int64_t i) { (*static_cast<F*>(f))(i); }, &body);
 }
 
-// x / (1 + exp(-x)): exp by Cody-Waite reduction to 2^f, f in [-1/2, 1/2], and a minimax polynomial
-// (relative error 7.5e-8, or 7.5e-5 where the result is rounded to bf16 anyhow).
+// x / (1 + exp(-x)); with kFast for what is rounded to bf16.
 template <bool kFast>
 inline Float silu(Float x) {
-    const Float y = Simd::limit(x, Simd::set(86.0f));
-    const Float magic = Simd::set(12582912.0f), minus_log2e = Simd::set(-1.44269504f);
-    const Float t = Simd::fma(y, minus_log2e, magic);
-    const Float f = Simd::fma(y, minus_log2e, Simd::sub(magic, t));
-    Float p;
-    if constexpr (kFast) {
-        p = Simd::fma(Simd::set(0.055171624f), f, Simd::set(0.24261113f));
-        p = Simd::fma(p, f, Simd::set(0.69326097f));
-        p = Simd::fma(p, f, Simd::set(0.99992806f));
-    } else {
-        p = Simd::fma(Simd::set(0.0013276466f), f, Simd::set(0.009675541f));
-        p = Simd::fma(p, f, Simd::set(0.055507135f));
-        p = Simd::fma(p, f, Simd::set(0.2402212f));
-        p = Simd::fma(p, f, Simd::set(0.69314694f));
-        p = Simd::fma(p, f, Simd::set(1.0000001f));
-    }
-    const Float d = Simd::add(Simd::scale(p, t), Simd::set(1.0f));
+    const Float d = Simd::add(Simd::exp_minus<kFast>(x), Simd::set(1.0f));
     Float r = Simd::reciprocal(d);
-    if constexpr (!kFast) r = Simd::mul(r, Simd::fnma(d, r, Simd::set(2.0f)));
+    if constexpr (!kFast) r = Simd::refined_reciprocal(d, r);
     return Simd::mul(x, r);
 }
 
@@ -66,8 +49,10 @@ inline float quantize_row(const float* x, int64_t n, int8_t* out) {
 }
 
 // Words: 32 bits that hold one float, two bf16 or four int8 (whose sums are int32). C[M x V lanes] = (C +) A[M x words] B[words x V lanes].
-template <class Words, int M, int V, bool kAdd>
-void tile(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t words, float* c, int64_t c_stride) {
+// What becomes of the sums of row m, vector v, is up to `finish`.
+template <class Words, int M, int V, class Finish>
+inline __attribute__((always_inline)) void products(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride,
+                                                    int64_t words, Finish finish) {
     Float sum[M][V];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
@@ -89,30 +74,39 @@ void tile(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stri
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
+        for (int v = 0; v < V; ++v) finish(m, v, sum[m][v]);
+}
+
+template <class Words, int M, int V, bool kAdd>
+struct Product {  // C = (C +) A B
+    static void run(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t words, float* c,
+                    int64_t c_stride) {
+        products<Words, M, V>(a, a_stride, b, b_stride, words, [=](int m, int v, Float sum) {
             float* at = c + m * c_stride + v * kLanes;
-            Simd::store(at, kAdd ? Simd::add(Simd::load(at), sum[m][v]) : sum[m][v]);
-        }
-}
-
-using Tile = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, int64_t, float*, int64_t);
-
-template <class Words, bool kAdd, int V>
-constexpr Tile tile_of_rows(int m) {
-    constexpr Tile tiles[] = {tile<Words, 1, V, kAdd>, tile<Words, 2, V, kAdd>, tile<Words, 3, V, kAdd>,
-                              tile<Words, 4, V, kAdd>, tile<Words, 5, V, kAdd>, tile<Words, 6, V, kAdd>};
-    static_assert(sizeof(tiles) / sizeof(Tile) == Simd::kRows);
-    return tiles[m - 1];
-}
-
-template <class Words, bool kAdd>
-Tile choose_tile(int64_t m, int64_t vectors) {
-    const int rows = static_cast<int>(m);
-    if constexpr (Simd::kVectors == 4) {
-        if (vectors == 4) return tile_of_rows<Words, kAdd, 4>(rows);
-        if (vectors == 3) return tile_of_rows<Words, kAdd, 3>(rows);
+            Simd::store(at, kAdd ? Simd::add(Simd::load(at), sum) : sum);
+        });
     }
-    return vectors == 2 ? tile_of_rows<Words, kAdd, 2>(rows) : tile_of_rows<Words, kAdd, 1>(rows);
+};
+template <class Words, int M, int V> using Add = Product<Words, M, V, true>;
+template <class Words, int M, int V> using Set = Product<Words, M, V, false>;
+
+// The function of T for m rows (1..kRows) and some vectors of columns (1..kVectors).
+template <class Words, template <class, int, int> class T, int V>
+auto of_rows(int64_t m) {
+    constexpr decltype(&T<Words, 1, V>::run) functions[] = {
+        T<Words, 1, V>::run, T<Words, 2, V>::run, T<Words, 3, V>::run,
+        T<Words, 4, V>::run, T<Words, 5, V>::run, T<Words, 6, V>::run};
+    static_assert(sizeof(functions) / sizeof(functions[0]) == Simd::kRows);
+    return functions[m - 1];
+}
+
+template <class Words, template <class, int, int> class T>
+auto choose(int64_t m, int64_t vectors) {
+    if constexpr (Simd::kVectors == 4) {
+        if (vectors == 4) return of_rows<Words, T, 4>(m);
+        if (vectors == 3) return of_rows<Words, T, 3>(m);
+    }
+    return vectors == 2 ? of_rows<Words, T, 2>(m) : of_rows<Words, T, 1>(m);
 }
 
 }  // namespace

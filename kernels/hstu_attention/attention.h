@@ -22,6 +22,29 @@ inline const T* row(const Rows& rows, int64_t user, int64_t index) {
     return static_cast<const T*>(rows.data) + user * rows.batch_stride + index * rows.row_stride;
 }
 
+// Weights of a tile: SiLU(q k + bias) of the keys that are allowed, as words.
+template <class Words, int M, int V>
+struct Weights {
+    static void run(const uint32_t* q, int64_t q_stride, const uint32_t* keys, int64_t words, const float* bias,
+                    int64_t bias_stride, const uint64_t* allowed, int64_t allowed_stride, int64_t first, uint32_t* out) {
+        const auto weight = [=](int m, int v, Float sum) {
+            return silu<Words::kFast>(Simd::add(sum, Simd::load(bias + m * bias_stride + v * kLanes)));
+        };
+        const auto at = [=](int m, int v) { return out + (m * kBlock + v * kLanes) / Words::kPack; };
+        bool all = true;
+        for (int m = 0; m < M; ++m) all &= allowed[m * allowed_stride] == ~0ull;
+        if (all) {
+            products<Words, M, V>(q, q_stride, keys, kPanel, words,
+                                  [=](int m, int v, Float sum) { Words::store(at(m, v), weight(m, v, sum)); });
+        } else {
+            products<Words, M, V>(q, q_stride, keys, kPanel, words, [=](int m, int v, Float sum) {
+                const uint64_t bits = allowed[m * allowed_stride] >> (first + v * kLanes);
+                Words::store(at(m, v), Simd::keep(weight(m, v, sum), bits));
+            });
+        }
+    }
+};
+
 template <class Words, class T>
 struct Attention {
     static constexpr int64_t kPack = Words::kPack;
@@ -171,10 +194,12 @@ struct Attention {
         const B* buckets = static_cast<const B*>(call.buckets) + b * call.bucket_batch_stride + i * call.bucket_row_stride;
         const Simd::TimeTable table = Simd::table(call.time_bias);
         const auto add = [&](int64_t from, int64_t to, const B* at) {
-            for (int64_t t = from; t < to; t += kLanes) {
-                const int64_t n = min(kLanes, to - t);
+            int64_t t = from;
+            for (; t + kLanes <= to; t += kLanes)
+                Simd::store(out + t, Simd::add(Simd::load(near + t), Simd::look_up(table, Simd::buckets(at + t))));
+            const int64_t n = to - t;
+            if (n > 0)
                 Simd::store(out + t, Simd::add(Simd::load(near + t, n), Simd::look_up(table, Simd::buckets(at + t, n))), n);
-            }
         };
         const int64_t split = call.own_bucket_column < 0 ? seen : min(seen, prefix(b));
         add(0, split, buckets);
@@ -184,33 +209,17 @@ struct Attention {
     // o[count x v_lanes] += Σ SiLU(q k + bias) v over the keys of one block, for one head.
     void attend(const uint32_t* q, int64_t count, int64_t block, int64_t blocks, const uint32_t* keys, const float* bias,
                 const uint64_t* allowed, const int64_t* reach, float* o) const {
-        alignas(64) float scores[Simd::kRows * kBlock];
         alignas(64) uint32_t weights[Simd::kRows * kBlock];
         const uint32_t* values = keys + key_words;
         for (int64_t r = 0; r < count; r += Simd::kRows) {
             const int64_t n = min(kBlock, reach[r / Simd::kRows] - block * kBlock), m = min(Simd::kRows, count - r);
             if (n <= 0) continue;
             for (int64_t key = 0; key < n; key += kPanel)
-                choose_tile<Words, false>(m, ceil_div(min(n - key, kPanel), kLanes))(
-                    q + r * q_stride, q_stride, keys + key * k_words, kPanel, k_words, scores + key, kBlock);
-            for (int64_t i = 0; i < m; ++i) {
-                const float* row_bias = bias + (r + i) * blocks * kBlock + block * kBlock;
-                const float* row_scores = scores + i * kBlock;
-                uint32_t* out = weights + i * (kBlock / kPack);
-                const uint64_t bits = allowed[(r + i) * blocks + block];
-                const auto weigh = [&](int64_t key) {
-                    return silu<Words::kFast>(Simd::add(Simd::load(row_scores + key), Simd::load(row_bias + key)));
-                };
-                if (bits == ~0ull) {
-#pragma GCC unroll 8
-                    for (int64_t key = 0; key < kBlock; key += kLanes) Words::store(out + key / kPack, weigh(key));
-                } else {
-                    for (int64_t key = 0; key < n; key += kLanes)
-                        Words::store(out + key / kPack, Simd::keep(weigh(key), bits >> key));
-                }
-            }
+                choose<Words, Weights>(m, ceil_div(min(n - key, kPanel), kLanes))(
+                    q + r * q_stride, q_stride, keys + key * k_words, k_words, bias + (r * blocks + block) * kBlock + key,
+                    blocks * kBlock, allowed + r * blocks + block, blocks, key, weights + key / kPack);
             for (int64_t d = 0; d < v_lanes; d += kPanel)
-                choose_tile<Words, true>(m, ceil_div(min(v_lanes - d, kPanel), kLanes))(
+                choose<Words, Add>(m, ceil_div(min(v_lanes - d, kPanel), kLanes))(
                     weights, kBlock / kPack, values + d, v_lanes, ceil_div(n, kPack), o + r * o_stride + d, o_stride);
         }
     }

@@ -212,7 +212,7 @@ void top_items(const HeadCall& call, const hstu::Runtime& runtime) {
         for (int64_t panel = chunk * kHeadChunk; panel < min(panels, (chunk + 1) * kHeadChunk); ++panel)
             for (int64_t u = 0; u < call.users; u += Simd::kRows) {
                 const int64_t m = min(Simd::kRows, call.users - u);
-                choose_tile<Int8Words, false>(m, Simd::kVectors)(
+                choose<Int8Words, Set>(m, Simd::kVectors)(
                     reinterpret_cast<const uint32_t*>(words + u * user_bytes), user_bytes / 4,
                     packed.values + panel * packed.words * kPanel, kPanel, packed.words, sums, kPanel);
                 for (int64_t i = 0; i < m; ++i)
