@@ -92,6 +92,7 @@ def properties(threads: int) -> dict[str, object]:
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": threads,
         "ENABLE_CPU_PINNING": False,  # the server decides where threads run
+        "ENABLE_HYPER_THREADING": True,  # as many threads as were asked for; else a virtual machine's cores count half
         "INFERENCE_PRECISION_HINT": "f32",  # narrower types stand in the graph
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # scales that depend on the batch would make answers depend on it
     }
