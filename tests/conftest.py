@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,9 @@ def oracle() -> Path:
 def library_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The CPU kernels, compiled once a session."""
     return build(tmp_path_factory.mktemp("kernels"))
+
+
+def pytest_configure() -> None:
+    """A run in the background or under nohup ignores signals, and so would every child that tests interrupt."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
