@@ -59,6 +59,7 @@ class CacheSpec:
     num_layers: int
     k_width: int  # H·dqk
     v_width: int  # H·dv
+    max_positions: int  # the last event a history may have has no successor, so no row
 
     @property
     def width(self) -> int:
@@ -81,6 +82,7 @@ def cache_spec(config: HSTUConfig) -> CacheSpec:
         num_layers=config.num_layers,
         k_width=config.num_heads * config.qk_dim,
         v_width=config.num_heads * config.v_dim,
+        max_positions=config.max_history - 1,
     )
 
 
