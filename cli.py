@@ -24,7 +24,7 @@ import typer
 from hstu.errors import CompilerError, GateError, InputError
 from stages import compiling
 from stages.contract import Stage, Workspace, execute, say
-from stages.parameters import read_params
+from stages.parameters import read_comments, read_params
 from stages.pipeline import PIPELINE
 
 app = typer.Typer(
@@ -136,6 +136,19 @@ def command(name: str, *, panel: str = "Use") -> Callable[[Callable[..., None]],
     return register
 
 
+COMMENTS = read_comments(Path(__file__).parent / "params.yaml")
+
+
+def _metavar(hint: Any) -> str:
+    """What kind of value an option takes: the choices, or the type."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return "|".join(map(str, arguments))
+    if typing.get_origin(hint) is tuple:
+        return "LIST"
+    return "|".join("null" if one is type(None) else one.__name__.upper() for one in arguments or (hint,))
+
+
 def _stage_command(stage: Stage) -> None:
     """The command of a stage: one option per parameter, which overrides the params file."""
     hints = typing.get_type_hints(stage.params)
@@ -152,9 +165,11 @@ def _stage_command(stage: Stage) -> None:
     parameters = [inspect.Parameter("settings", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Settings)]
     for item in dataclasses.fields(stage.params):
         hint = hints[item.name]
-        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-        metavar = "|".join(map(str, choices)) or getattr(hint, "__name__", str(hint)).upper()
-        option = typer.Option(f"--{item.name.replace('_', '-')}", metavar=metavar, help=f"{stage.name}.{item.name}")
+        option = typer.Option(
+            f"--{item.name.replace('_', '-')}",
+            metavar=_metavar(hint),
+            help=COMMENTS.get(f"{stage.name}.{item.name}"),
+        )
         annotation = Annotated[str | None, option]
         parameters.append(
             inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

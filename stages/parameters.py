@@ -55,6 +55,21 @@ def read_params(path: Path, overrides: Sequence[str] = ()) -> dict[str, dict[str
     return values
 
 
+def read_comments(path: Path) -> dict[str, str]:
+    """What `path` says of each key after it, as "section.key" → text; empty when the file is not there."""
+    comments: dict[str, str] = {}
+    section = ""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        found = re.match(r"(?P<indent> *)(?P<key>[A-Za-z0-9_-]+):(?P<value>[^#]*)(# (?P<comment>.*))?$", line)
+        if found is None:
+            continue
+        if not found["indent"]:
+            section = found["key"]
+        elif found["comment"]:
+            comments[f"{section}.{found['key']}"] = found["comment"].strip()
+    return comments
+
+
 def load_params(cls: type[P], values: Mapping[str, Any], *, section: str) -> P:
     """A checked instance of `cls`; ParameterError names every unknown or missing key, or the first wrong type."""
     hints = typing.get_type_hints(cls)

@@ -251,7 +251,7 @@ def _require_columns(path: Path, columns: Columns, present: list[str]) -> None:
             f"{path}: missing column {', '.join(map(repr, missing))}",
             got=", ".join(repr(name)[:40] for name in sorted(present)[:20]) or "no columns",
             expected=", ".join(columns.required),
-            fix="rename the columns, or name yours in prepare-data.<field>_column (action_column=null: no actions)",
+            fix="name yours in prepare-data.<field>_column (action_column=null: no actions), or correct the source",
         )
 
 

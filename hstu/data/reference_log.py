@@ -10,22 +10,22 @@ in the history alone, so they can be read off users who were never trained on.
 
 Session. Two threads (clusters), A and B, are open. What the user does next depends on the last action and
 on the gap before:
-- within a session (minutes) a thread goes on after a like or a purchase (0.45), less after a click (0.15)
-  and hardly after a view (0.05); else the other thread has its turn, where it was left some events ago;
-- after a short absence (up to three days) the user resumes thread A of the last session;
-- after a long absence the user is back at the first favourite; either way B is drawn anew from the four
-  favourites (weights 0.5, 0.25, 0.15, 0.1);
+- within a session (minutes) a thread goes on after a like or a purchase (0.4), seldom after a click (0.06)
+  and hardly after a view (0.02); else the other thread has its turn, where it was left some events ago;
+- after an absence (hours) the user is back at thread A, the first favourite, and B is drawn anew from the
+  four favourites (weights 0.5, 0.25, 0.15, 0.1); an absence of more than three days may (0.15) have turned
+  the drawn one into the first favourite;
 - now and then (0.08; 0.2 after an absence) the user repeats one of three items liked or bought before;
-- now and then (0.03 to 0.15, most after a view) the user explores an item by global popularity. If that
+- now and then (0.03 to 0.1, most after a view) the user explores an item by global popularity. If that
   engages, its cluster becomes thread B and the last of the favourites: interests drift.
 
-Series. Within a thread the cell of (cluster, own style; 0.08: any style) is walked: the next item (0.4), the
+Series. Within a thread the cell of (cluster, own style; 0.05: any style) is walked: the next item (0.45), the
 one after (0.15), or any of the cell, early ones first (density falling as the root of the place).
 
-Outcomes are Bernoulli draws. With appeal = 1.6 · style match + 0.8 · favourite cluster + quality of the item,
+Outcomes are Bernoulli draws with these logits, appeal being 1.6 · style match + 0.8 · favourite cluster + quality:
 - engagement ~ appeal + 0.8 enthusiasm - 1.7; it makes the dwell at least 30 s and the action click or like;
 - monetisation ~ 0.6 appeal + 1.3 budget - 1.2 (log price - 3) - 1.8, given engagement; the action is purchase;
-- retention ~ 1.4 loyalty + 0.5 appeal + 0.8 engagement - 1.2; the next absence is then about a day, else a week.
+- retention ~ 1.4 loyalty + 0.6 appeal + 0.8 engagement - 1.3; the next absence is then about a day, else a week.
 
 Everything is drawn from one seeded generator, one step of all users at a time. A first-order model sees the
 thread of the last item only; which thread comes next, the style and the traits are matters of longer context.
@@ -51,8 +51,9 @@ _START = 1_735_689_600  # 2025-01-01
 _DAY = 86_400
 _SESSION_ENDS = 0.22
 _LONG_ABSENCE_S = 3 * _DAY
-_CONTINUES = np.array([0.0, 0.05, 0.15, 0.45, 0.45])  # probability that the thread goes on, by last action
-_EXPLORES = np.array([0.0, 0.15, 0.05, 0.03, 0.03])
+_INTEREST_SHIFTS = 0.15
+_CONTINUES = np.array([0.0, 0.02, 0.06, 0.4, 0.4])  # probability that the thread goes on, by last action
+_EXPLORES = np.array([0.0, 0.1, 0.04, 0.03, 0.03])
 
 Rng = np.random.Generator
 Bools = npt.NDArray[np.bool_]
@@ -108,7 +109,7 @@ def reference_log(*, num_users: int, num_items: int, events_per_user: int, seed:
 
 
 def _draw_world(rng: Rng, num_items: int) -> _World:
-    num_clusters = max(2, round(num_items / (_STYLES * _CELL_ITEMS)))
+    num_clusters = max(_FAVOURITES, round(num_items / (_STYLES * _CELL_ITEMS)))
     edges = np.linspace(0, num_items, num_clusters * _STYLES + 1).astype(np.int64)
     first, size = edges[:-1], np.diff(edges)
     cell_of = np.repeat(np.arange(len(size)), size)
@@ -122,7 +123,7 @@ def _draw_world(rng: Rng, num_items: int) -> _World:
         cell_of=cell_of,
         item_popularity=_normalised(1.0 / (1 + rng.permutation(num_items))),
         cluster_popularity=cluster_popularity,
-        quality=rng.normal(0.0, 0.6, num_items),
+        quality=rng.normal(0.0, 1.0, num_items),
         price=np.round(np.exp(level[cluster_of] + rng.normal(0.0, 0.3, num_items)), 2),
     )
 
@@ -146,12 +147,13 @@ class _Simulation:
         self.rows = np.arange(num_users)
         self.style = rng.choice(_STYLES, num_users, p=_normalised(1.0 / (1 + np.arange(_STYLES)) ** 0.5))
         self.enthusiasm, self.loyalty, self.budget = rng.normal(0.0, 1.0, (3, num_users))
-        self.favourites = rng.choice(world.num_clusters, (num_users, _FAVOURITES), p=world.cluster_popularity)
+        keys = np.log(world.cluster_popularity) + rng.gumbel(size=(num_users, world.num_clusters))
+        self.favourites = np.argsort(-keys, axis=1)[:, :_FAVOURITES]  # drawn by popularity, no cluster twice
         related = (self.favourites[:, 0] + rng.choice([-1, 1], num_users)) % world.num_clusters
         self.favourites[:, 1] = np.where(rng.random(num_users) < 0.5, related, self.favourites[:, 1])
         self.progress = rng.geometric(0.25, (num_users, world.num_clusters)) - 2  # where the series was left
-        self.thread_a, self.thread_b = self.favourites[:, 0].copy(), self.favourites[:, 1].copy()
-        self.current = self.thread_a.copy()
+        self.thread_b = self.favourites[:, 1].copy()  # thread A is the first favourite
+        self.current = self.favourites[:, 0].copy()
         self.dear = np.full((num_users, _DEAR), -1)  # the items last liked or bought, in turns
         self.action = np.full(num_users, VIEW)
         self.retained = np.ones(num_users, dtype=bool)
@@ -192,9 +194,10 @@ class _Simulation:
     def _choose_item(self, absence: Int64s) -> Int64s:
         away, long = absence > 0, absence > _LONG_ABSENCE_S
         self._open_threads(away, long)
-        other = np.where(self.current == self.thread_a, self.thread_b, self.thread_a)
+        thread_a = self.favourites[:, 0]
+        other = np.where(self.current == thread_a, self.thread_b, thread_a)
         goes_on = self._draw() < _CONTINUES[self.action]
-        self.current = np.where(away, self.thread_a, np.where(goes_on, self.current, other))
+        self.current = np.where(away, thread_a, np.where(goes_on, self.current, other))
         item = self._walk_series()
         dear = self.dear[self.rows, self.rng.integers(0, _DEAR, self.num_users)]
         repeats = (self._draw() < np.where(away, 0.2, 0.08)) & (dear >= 0)
@@ -204,21 +207,25 @@ class _Simulation:
         return np.where(explores, explored, item)
 
     def _open_threads(self, away: Bools, long: Bools) -> None:
+        """After an absence thread B is one of the favourites; after a long one the first may be another."""
         pick = self.rng.choice(_FAVOURITES, self.num_users, p=_FAVOURITE_WEIGHTS)
-        self.thread_a = np.where(away & long, self.favourites[:, 0], self.thread_a)
-        fresh = self.favourites[self.rows, pick]
-        fresh = np.where(fresh == self.thread_a, self.favourites[:, 1], fresh)
+        first, picked = self.favourites[:, 0].copy(), self.favourites[self.rows, pick]
+        shifts = away & long & (self._draw() < _INTEREST_SHIFTS)
+        self.favourites[self.rows, pick] = np.where(shifts, first, picked)
+        self.favourites[:, 0] = np.where(shifts, picked, self.favourites[:, 0])
+        fresh = np.where(shifts, first, picked)
+        fresh = np.where(fresh == self.favourites[:, 0], self.favourites[:, 1], fresh)
         self.thread_b = np.where(away, fresh, self.thread_b)
 
     def _walk_series(self) -> Int64s:
         """The item at the next place of the current thread's series; places are kept per cluster."""
         stray = self.rng.integers(0, _STYLES, self.num_users)
-        style = np.where(self._draw() < 0.08, stray, self.style)
+        style = np.where(self._draw() < 0.05, stray, self.style)
         cell = self.current * _STYLES + style
         size = self.world.size[cell]
         place, how = self.progress[self.rows, self.current], self._draw()
         jump = (self._draw() ** 2 * size).astype(np.int64)
-        place = np.where(how < 0.4, place + 1, np.where(how < 0.55, place + 2, jump)) % size
+        place = np.where(how < 0.45, place + 1, np.where(how < 0.6, place + 2, jump)) % size
         return np.asarray(self.world.first[cell] + place, dtype=np.int64)
 
     def _react(self, item: Int64s) -> Int64s:
@@ -232,7 +239,7 @@ class _Simulation:
         engaged = self._draw() < _sigmoid(appeal + 0.8 * self.enthusiasm - 1.7)
         paid_logit = 0.6 * appeal + 1.3 * self.budget - 1.2 * (np.log(world.price[item]) - 3.0) - 1.8
         paid = engaged & (self._draw() < _sigmoid(paid_logit))
-        self.retained = self._draw() < _sigmoid(1.4 * self.loyalty + 0.5 * appeal + 0.8 * engaged - 1.2)
+        self.retained = self._draw() < _sigmoid(1.4 * self.loyalty + 0.6 * appeal + 0.8 * engaged - 1.3)
         warm = self._draw()
         self.action = np.where(engaged, np.where(warm < 0.6, LIKE, CLICK), np.where(warm < 0.25, CLICK, VIEW))
         self.action = np.where(paid, PURCHASE, self.action)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 ARCHITECTURE = "HSTUForCausalLM"
 MODEL_TYPE = "hstu"
+BLOCK_SIZE = 16  # events per KV page: vLLM's CPU default of 128 would never hit the prefix cache on short histories
 
 
 def io_processor() -> str:

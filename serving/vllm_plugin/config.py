@@ -11,11 +11,10 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from hstu.config import HSTUConfig
 from hstu.signature import MAX_RESULTS
-from serving.vllm_plugin import MODEL_TYPE
+from serving.vllm_plugin import BLOCK_SIZE, MODEL_TYPE
 from serving.vllm_plugin.records import RECORD_WIDTH
 
 CONSTRAINT = "serving.vllm_plugin.constraints:SlateConstraint"
-BLOCK_SIZE = 16  # events per KV page: vLLM's CPU default of 128 would never hit the prefix cache on short histories
 
 
 class HSTUPretrainedConfig(PretrainedConfig):
@@ -27,10 +26,9 @@ class HSTUPretrainedConfig(PretrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.hstu is not None:
-            shape = self.shape
-            # vLLM sizes its input rows by hidden_size, and an input row here is a record.
-            self.hidden_size = max(shape.embedding_dim, RECORD_WIDTH)
-            self.head_dim = shape.qk_dim
+            # vLLM sizes its input rows by this, and an input row here is a record; states have the model's own width.
+            self.hidden_size = RECORD_WIDTH
+            self.head_dim = self.shape.qk_dim
 
     @property
     def shape(self) -> HSTUConfig:

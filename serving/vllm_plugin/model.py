@@ -95,7 +95,6 @@ class HSTUForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = config = vllm_config.model_config.hf_config.shape
-        self.width = vllm_config.model_config.get_hidden_size()
         self.dtype = vllm_config.model_config.dtype
         ranks = get_tensor_model_parallel_world_size()
         if config.num_heads % ranks:
@@ -138,9 +137,9 @@ class HSTUForCausalLM(nn.Module):
         return loaded
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """Rows [T, width] of bare item ids; ids out of the vocabulary count as padding."""
+        """Records [T, RECORD_WIDTH] of bare item ids; ids out of the vocabulary count as padding."""
         known = (input_ids >= 0) & (input_ids <= self.config.num_items)
-        return encode_items(torch.where(known, input_ids, 0).long(), width=self.width, dtype=self.dtype)
+        return encode_items(torch.where(known, input_ids, 0).long(), dtype=self.dtype)
 
     def forward(
         self,

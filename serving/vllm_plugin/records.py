@@ -42,29 +42,25 @@ def encode_records(
     actions: npt.NDArray[np.int64],
     times: npt.NDArray[np.int64],
     next_times: npt.NDArray[np.int64],
-    *,
-    width: int,
 ) -> Tensor:
-    """Rows float32 [L, width] of L events, each [L]; channels past the record are 0."""
+    """Rows float32 [L, RECORD_WIDTH] of L events: every argument is int64 [L]."""
     records = np.zeros(len(item_ids), dtype=_LAYOUT)
     records["item"], records["kind"], records["action"] = item_ids, EVENT, actions
     records["time"], records["next_time"] = times, next_times
-    rows = torch.zeros(len(item_ids), width)
-    rows[:, :RECORD_WIDTH] = torch.from_numpy(records.view(np.uint8).reshape(-1, RECORD_WIDTH)).float()
-    return rows
+    return torch.from_numpy(records.view(np.uint8).reshape(-1, RECORD_WIDTH)).float()
 
 
-def encode_items(item_ids: Tensor, *, width: int, dtype: torch.dtype) -> Tensor:
-    """Rows [T, width] of bare item ids [T]: generated items, and prompts given as tokens."""
-    rows = torch.zeros(len(item_ids), width, dtype=dtype, device=item_ids.device)
+def encode_items(item_ids: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Rows [T, RECORD_WIDTH] of bare item ids [T]: generated items, and prompts given as tokens."""
+    rows = torch.zeros(len(item_ids), RECORD_WIDTH, dtype=dtype, device=item_ids.device)
     for byte in range(4):
         rows[:, byte] = ((item_ids >> (8 * byte)) & 255).to(dtype)
     return rows
 
 
 def decode_records(rows: Tensor) -> Events:
-    """The events of rows [T, >= RECORD_WIDTH]; whatever the values, every field is a number of its range."""
-    channels = rows[:, :RECORD_WIDTH].float().nan_to_num().clamp(0, 255).round().to(torch.int64)
+    """The events of rows [T, RECORD_WIDTH]; whatever the values, every field is a number of its range."""
+    channels = rows.float().nan_to_num().clamp(0, 255).round().to(torch.int64)
 
     def field(name: str) -> Tensor:
         dtype, offset = _LAYOUT.fields[name][:2]  # type: ignore[index]
@@ -83,15 +79,16 @@ def decode_records(rows: Tensor) -> Events:
 
 
 def check_records(rows: Tensor, config: HSTUConfig) -> list[int]:
-    """The items of `rows` [L, width]; InputError unless they are the records of a history this model can take."""
-    width = max(config.embedding_dim, RECORD_WIDTH)
-    if rows.dim() != 2 or rows.shape[1] != width or not rows.is_floating_point():
-        raise InputError("not rows of records", got=f"{rows.dtype} {list(rows.shape)}", expected=f"floats [L, {width}]")
+    """The items of `rows` [L, RECORD_WIDTH]; InputError unless the model can take them."""
+    if rows.dim() != 2 or rows.shape[1] != RECORD_WIDTH or not rows.is_floating_point():
+        raise InputError(
+            "not rows of records", got=f"{rows.dtype} {list(rows.shape)}", expected=f"floats [L, {RECORD_WIDTH}]"
+        )
     if not 1 <= len(rows) <= config.max_history:
         raise InputError(
             "the history has too few or too many events", got=len(rows), expected=f"1..{config.max_history}"
         )
-    channels = rows[:, :RECORD_WIDTH].float().numpy()
+    channels = rows.float().numpy()
     with np.errstate(invalid="ignore"):
         values = channels.astype(np.uint8)
     if not np.array_equal(values, channels):
@@ -114,7 +111,7 @@ def _check(right: npt.NDArray[np.bool_], values: npt.NDArray[np.generic], what: 
 
 
 def records_from_histories(histories: Histories, config: HSTUConfig) -> list[Tensor]:
-    """One prompt of rows float32 [length, width] a user; InputError when a history is empty or too long."""
+    """One prompt of rows float32 [length, RECORD_WIDTH] a user; InputError when a history is empty or too long."""
     lengths = histories.lengths
     if len(lengths) and not (lengths.min() >= 1 and lengths.max() <= config.max_history):
         wrong = int(np.argmax((lengths < 1) | (lengths > config.max_history)))
@@ -125,12 +122,11 @@ def records_from_histories(histories: Histories, config: HSTUConfig) -> list[Ten
             fix="keep the newest events of a long history; answer a user without events by popularity",
         )
     query_time = histories.feeds(config, length=max(1, int(lengths.max(initial=0))))["query_time"]
-    width = max(config.embedding_dim, RECORD_WIDTH)
     prompts = []
     for row in range(len(histories)):
         events = slice(int(histories.offsets[row]), int(histories.offsets[row + 1]))
         times = histories.timestamps[events]
         next_times = np.append(times[1:], query_time[row])
         actions = histories.actions[events] if config.num_actions else np.zeros_like(times)
-        prompts.append(encode_records(histories.item_ids[events], actions, times, next_times, width=width))
+        prompts.append(encode_records(histories.item_ids[events], actions, times, next_times))
     return prompts

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,7 @@ from hstu.errors import ArtifactError, InputError
 from hstu.model import l2_normalize
 from serving.engine import check_feeds
 from serving.slate import check_slate
+from serving.vllm_plugin import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -61,6 +63,12 @@ def _close(engines: dict[Runner, LLM]) -> None:
             client.shutdown()
 
 
+def _longest_history_bytes(config: HSTUConfig) -> int:
+    """What the pages of one history of N events take, in float32, with two pages to spare."""
+    per_event = config.num_layers * config.num_heads * (config.qk_dim + config.v_dim) * 4
+    return (config.max_length + 3 * BLOCK_SIZE) * per_event
+
+
 class VllmRuntime:
     """Answers histories from the folder's weights through vLLM; equal to eager PyTorch within float32 rounding."""
 
@@ -73,7 +81,10 @@ class VllmRuntime:
         kv_cache_mib: int = 512,
         **engine_options: Any,
     ) -> None:
-        """`max_batch` requests run at once; the pages of all take `kv_cache_mib`; other options go to `vllm.LLM`."""
+        """`max_batch` requests run at once; other options go to `vllm.LLM`.
+
+        The pages of all requests take `kv_cache_mib`, or what the longest history takes if that is more.
+        """
         self.folder = model_folder
         self.config = HSTUConfig.from_pretrained(model_folder)
         for name in (WEIGHTS, "tokenizer.json"):
@@ -84,7 +95,7 @@ class VllmRuntime:
         self._options: dict[str, Any] = {
             "dtype": dtype,
             "max_num_seqs": max_batch,
-            "kv_cache_memory_bytes": kv_cache_mib << 20,
+            "kv_cache_memory_bytes": max(kv_cache_mib << 20, _longest_history_bytes(self.config)),
             "enforce_eager": True,
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
@@ -150,13 +161,16 @@ class VllmRuntime:
         if runner not in self._engines:
             for name, value in ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
-            from vllm import LLM
-
             # vLLM's CPU worker replaces this function for the whole process; other runtimes here still need it.
             set_num_threads = torch.set_num_threads
             options = self._options | ({"logprobs_mode": "processed_logits"} if runner == "generate" else {})
             try:
-                self._engines[runner] = LLM(str(self.folder), runner=runner, **options)
+                with warnings.catch_warnings():
+                    for message in ("`torch.distributed.reduce_op` is deprecated", "`torch.jit.script"):
+                        warnings.filterwarnings("ignore", message)  # vLLM's and torch's own, at import
+                    from vllm import LLM
+
+                    self._engines[runner] = LLM(str(self.folder), runner=runner, **options)
                 _in_use.append(self._engines[runner])
             finally:
                 torch.set_num_threads = set_num_threads

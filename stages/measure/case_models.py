@@ -20,7 +20,7 @@ from stages.measure.runtimes import ModelFiles
 
 FOLDER = ".cases"  # below the artifacts: compiled once, kept until what compiles them changes
 SEED = 20
-LOG_USERS, LOG_ITEMS = 50, 50  # the checkpoint stage wants a prepared log; a random model has no use for it
+LOG_USERS, LOG_ITEMS = 100, 100  # the checkpoint stage wants a prepared log; a random model has no use for it
 
 
 def bundle_files(bundle: Path) -> ModelFiles:

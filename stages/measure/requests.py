@@ -39,7 +39,7 @@ def draw_lengths(batch: int, length: int, occupancy: float, rng: np.random.Gener
     """Lengths int64 [batch], the first `length`, the others uniform so that the mean is about occupancy · length."""
     if batch == 1 or occupancy == 1.0:
         return np.full(batch, length, dtype=np.int64)
-    mean = (occupancy * batch - 1) * length / (batch - 1)
+    mean = max(1.0, (occupancy * batch - 1) * length / (batch - 1))
     spread = min(mean - 1, length - mean)
     others = rng.uniform(mean - spread, mean + spread, size=batch - 1)
     return np.concatenate([[length], np.clip(np.rint(others), 1, length)]).astype(np.int64)

@@ -54,6 +54,11 @@ class Worker:
         self._connection = Connection(ours.detach())
         self.send("open", contestant, threads)
 
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
     def send(self, method: str, *arguments: Any, **options: Any) -> None:
         """Ask for something; `receive` waits for the answer."""
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +13,15 @@ import torch
 from hstu.config import HSTUConfig
 from hstu.model import HSTUAttention
 from hstu.time_buckets import THRESHOLDS, time_buckets
+from kernels.cpu.library import LIBRARY, KernelError, Library, build, openvino_folder
+from kernels.cpu.load import load
 from kernels.hstu_attention import cpu, naive
 
 Array = npt.NDArray[Any]
-ISAS: tuple[cpu.Isa, ...] = ("avx2", "avx512", "avx512_bf16")
 LENGTHS = (0, 1, 15, 16, 17, 63, 64, 65, 200, 511)
 SHAPES = ((1, 50, 50), (2, 25, 25), (4, 64, 64), (16, 8, 8), (3, 128, 33), (2, 9, 100))  # heads, qk_dim, v_dim
 FP32_TOLERANCE = 1e-5  # absolute, and of a row's largest value where that is above 1
 BF16_TOLERANCE = 1e-2  # of the norm of a user's output
-
-
-@pytest.fixture(scope="module")
-def library_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return cpu.build(tmp_path_factory.mktemp("kernel"))
-
-
-@pytest.fixture(scope="module")
-def library(library_file: Path) -> cpu.Library:
-    return cpu.load(library_file)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, library: cpu.Library) -> Iterator[str]:
-    widest = library.isa
-    if ISAS.index(request.param) > ISAS.index(widest):  # type: ignore[arg-type]
-        pytest.skip(f"this CPU has only {widest}")
-    library.limit_isa(request.param)
-    yield request.param
-    library.limit_isa(widest)  # type: ignore[arg-type]
 
 
 class Problem:
@@ -92,10 +72,10 @@ def float_from_bf16(x: Array) -> Array:
 
 
 @pytest.mark.parametrize(("heads", "qk_dim", "v_dim"), SHAPES)
-def test_fp32_equals_the_truth(library: cpu.Library, isa: str, heads: int, qk_dim: int, v_dim: int) -> None:
+def test_fp32_equals_the_truth(library: Library, isa: str, heads: int, qk_dim: int, v_dim: int) -> None:
     problem = Problem(heads, qk_dim, v_dim, LENGTHS if heads == 1 else LENGTHS[:-1])
     out = problem.poisoned()
-    library.attention(problem.shape, problem.uvqk, problem.buckets, problem.lengths, out=out)
+    cpu.Attention(library, problem.shape).attention(problem.uvqk, problem.buckets, problem.lengths, out=out)
     for b, n in enumerate(problem.lengths):
         assert_equal(out[b, :n], problem.truth(b))
         assert not out[b, n:].any()
@@ -103,12 +83,12 @@ def test_fp32_equals_the_truth(library: cpu.Library, isa: str, heads: int, qk_di
 
 @pytest.mark.parametrize(("heads", "qk_dim", "v_dim"), SHAPES)
 @pytest.mark.parametrize("io", ["float32", "bfloat16"])
-def test_bf16_is_near_the_truth(library: cpu.Library, isa: str, heads: int, qk_dim: int, v_dim: int, io: str) -> None:
+def test_bf16_is_near_the_truth(library: Library, isa: str, heads: int, qk_dim: int, v_dim: int, io: str) -> None:
     problem = Problem(heads, qk_dim, v_dim, LENGTHS[:-1], seed=1)
     uvqk = bf16_from_float(problem.uvqk) if io == "bfloat16" else problem.uvqk
     shape = cpu.Shape(**{n: getattr(problem.shape, n) for n in problem.shape.__slots__} | {"bf16": True})
     out = problem.poisoned(uvqk.dtype)
-    library.attention(shape, uvqk, problem.buckets, problem.lengths, out=out)
+    cpu.Attention(library, shape).attention(uvqk, problem.buckets, problem.lengths, out=out)
     answer = float_from_bf16(out) if io == "bfloat16" else out
     for b, n in enumerate(problem.lengths):
         truth = problem.truth(b, float_from_bf16(uvqk) if io == "bfloat16" else None)
@@ -116,31 +96,31 @@ def test_bf16_is_near_the_truth(library: cpu.Library, isa: str, heads: int, qk_d
         assert not answer[b, n:].any()
 
 
-def test_bf16_rounding_is_the_same_on_every_instruction_set(library: cpu.Library, isa: str) -> None:
+def test_bf16_rounding_is_the_same_on_every_instruction_set(library: Library, isa: str) -> None:
     problem = Problem(2, 25, 25, (40,))
     uvqk, out, wide = bf16_from_float(problem.uvqk), problem.poisoned(np.uint16), problem.poisoned()
-    library.attention(problem.shape, uvqk, problem.buckets, problem.lengths, out=out)
-    library.attention(problem.shape, float_from_bf16(uvqk), problem.buckets, problem.lengths, out=wide)
+    cpu.Attention(library, problem.shape).attention(uvqk, problem.buckets, problem.lengths, out=out)
+    cpu.Attention(library, problem.shape).attention(float_from_bf16(uvqk), problem.buckets, problem.lengths, out=wide)
     assert np.array_equal(out, bf16_from_float(wide))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
-def test_every_bucket_type_gives_the_same_answer(library: cpu.Library, isa: str, dtype: npt.DTypeLike) -> None:
+def test_every_bucket_type_gives_the_same_answer(library: Library, isa: str, dtype: npt.DTypeLike) -> None:
     problem = Problem(2, 16, 16, (70, 33))
     inside = np.where(np.abs(problem.buckets) < 200, problem.buckets, 0)
     outs = []
     for buckets in (inside, inside.astype(dtype)):
         outs.append(problem.poisoned())
-        library.attention(problem.shape, problem.uvqk, buckets, problem.lengths, out=outs[-1])
+        cpu.Attention(library, problem.shape).attention(problem.uvqk, buckets, problem.lengths, out=outs[-1])
     assert np.array_equal(*outs)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 63, 64, 65, 130])
-def test_extending_a_cached_history_equals_computing_it_whole(library: cpu.Library, isa: str, prefix: int) -> None:
+def test_extending_a_cached_history_equals_computing_it_whole(library: Library, isa: str, prefix: int) -> None:
     heads, d, new, room = 4, 24, 70, prefix + 9
     problem = Problem(heads, d, d, (prefix + new, prefix + 3))
     whole = problem.poisoned()
-    library.attention(problem.shape, problem.uvqk, problem.buckets, problem.lengths, out=whole)
+    cpu.Attention(library, problem.shape).attention(problem.uvqk, problem.buckets, problem.lengths, out=whole)
     _, v, _, k = np.split(problem.uvqk, 4, axis=2)
     cache = np.full((2, room, 2 * heads * d), np.nan, np.float32)
     cache[:, :prefix] = naive.silu(np.concatenate([k, v], axis=2)[:, :prefix].astype(np.float64))
@@ -148,8 +128,7 @@ def test_extending_a_cached_history_equals_computing_it_whole(library: cpu.Libra
     buckets[:, :, :prefix] = problem.buckets[:, prefix:, :prefix]
     buckets[:, :, room:] = problem.buckets[:, prefix:, prefix:]
     out = np.full((2, new, heads * d), np.nan, np.float32)
-    library.attention(
-        problem.shape,
+    cpu.Attention(library, problem.shape).attention(
         np.ascontiguousarray(problem.uvqk[:, prefix:]),
         buckets,
         problem.lengths - prefix,
@@ -161,11 +140,11 @@ def test_extending_a_cached_history_equals_computing_it_whole(library: cpu.Libra
 
 
 @pytest.mark.parametrize("count", [1, 5, 60])
-def test_single_queries_equal_rows_of_the_whole(library: cpu.Library, isa: str, count: int) -> None:
+def test_single_queries_equal_rows_of_the_whole(library: Library, isa: str, count: int) -> None:
     heads, qk_dim, v_dim = 3, 20, 36
     problem = Problem(heads, qk_dim, v_dim, (130, 65, 1, 0))
     whole, rng = problem.poisoned(), np.random.default_rng(2)
-    library.attention(problem.shape, problem.uvqk, problem.buckets, problem.lengths, out=whole)
+    cpu.Attention(library, problem.shape).attention(problem.uvqk, problem.buckets, problem.lengths, out=whole)
     positions = np.stack([rng.integers(-1, n, count) for n in problem.lengths])
     positions[:, -1] = problem.lengths - 1
     users = np.arange(len(positions))[:, None]
@@ -175,7 +154,7 @@ def test_single_queries_equal_rows_of_the_whole(library: cpu.Library, isa: str, 
     out = np.full((len(positions), count, hv), np.nan, np.float32)
     kv = np.concatenate([k, v], axis=2)
     buckets = problem.buckets[users, positions.clip(min=0)]
-    library.queries(problem.shape, np.nan_to_num(uq), kv, buckets, positions, out=out)
+    cpu.Attention(library, problem.shape).queries(np.nan_to_num(uq), kv, buckets, positions, out=out)
     expected = np.where(positions[..., None] >= 0, whole[users, positions.clip(min=0)], 0)
     assert_equal(out, expected)
 
@@ -183,7 +162,7 @@ def test_single_queries_equal_rows_of_the_whole(library: cpu.Library, isa: str, 
 @pytest.mark.parametrize("columns", ["whole", "k and v"])
 @pytest.mark.parametrize("count", [1, 7, 130])
 @pytest.mark.parametrize("shared", [True, False])
-def test_candidates_equal_the_truth(library: cpu.Library, isa: str, columns: str, count: int, shared: bool) -> None:
+def test_candidates_equal_the_truth(library: Library, isa: str, columns: str, count: int, shared: bool) -> None:
     heads, qk_dim, v_dim, rng = 3, 20, 36, np.random.default_rng(3)
     problem = Problem(heads, qk_dim, v_dim, (100, 64, 1, 0))
     users = len(problem.lengths)
@@ -200,7 +179,9 @@ def test_candidates_equal_the_truth(library: cpu.Library, isa: str, columns: str
         history, offsets = np.concatenate([history[..., -hqk:], history[..., hv : 2 * hv]], axis=2), {}
         offsets = {"v_offset": hqk, "k_offset": 0}
     out = np.full((users, count, hv), np.nan, np.float32)
-    library.candidates(problem.shape, history, uvqk, buckets, positions, out=out, own_buckets=own, **offsets)
+    cpu.Attention(library, problem.shape).candidates(
+        history, uvqk, buckets, positions, out=out, own_buckets=own, **offsets
+    )
     for b in range(users):
         truth = naive.candidates(
             problem.uvqk[b].astype(np.float64),
@@ -215,7 +196,7 @@ def test_candidates_equal_the_truth(library: cpu.Library, isa: str, columns: str
         assert_equal(out[b], truth)
 
 
-def test_equals_the_eager_module(library: cpu.Library, isa: str) -> None:
+def test_equals_the_eager_module(library: Library, isa: str) -> None:
     config = HSTUConfig(num_items=9, embedding_dim=8, num_layers=1, num_heads=2, qk_dim=50, v_dim=50, max_history=70)
     module, generator = HSTUAttention(config), torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -234,17 +215,17 @@ def test_equals_the_eager_module(library: cpu.Library, isa: str) -> None:
         time_bias=module.time_bias.detach().numpy(),
     )
     out = np.full((3, 70, 100), np.nan, np.float32)
-    library.attention(shape, uvqk.numpy(), buckets.numpy(), lengths.numpy(), out=out)
+    cpu.Attention(library, shape).attention(uvqk.numpy(), buckets.numpy(), lengths.numpy(), out=out)
     for b, n in enumerate(lengths):
         assert_equal(out[b, :n], expected[b, :n])
 
 
-def test_a_mask_takes_keys_away(library: cpu.Library, isa: str) -> None:
+def test_a_mask_takes_keys_away(library: Library, isa: str) -> None:
     problem = Problem(2, 16, 16, (90, 40))
     rng = np.random.default_rng(4)
     mask = (rng.random((2, 90, 90)) < 0.5).astype(np.uint8)
     out = problem.poisoned()
-    library.attention(problem.shape, problem.uvqk, problem.buckets, problem.lengths, out=out, mask=mask)
+    cpu.Attention(library, problem.shape).attention(problem.uvqk, problem.buckets, problem.lengths, out=out, mask=mask)
     _, v, q, k = naive.split(problem.uvqk[0, :90].astype(np.float64), 2, 16)
     u = naive.silu(problem.uvqk[0, :90, :32].astype(np.float64))
     position, time = problem.tables()
@@ -256,24 +237,24 @@ def test_a_mask_takes_keys_away(library: cpu.Library, isa: str) -> None:
         assert_equal(out[0, i], naive.gate(u[i], attended, 1e-6))
 
 
-def test_an_answer_depends_on_nothing_but_its_row(library: cpu.Library, isa: str) -> None:
+def test_an_answer_depends_on_nothing_but_its_row(library: Library, isa: str) -> None:
     problem = Problem(4, 40, 40, (150, 149, 64, 7))
     answers = []
     for threaded in (False, True, True):
         answers.append(problem.poisoned())
-        library.attention(
-            problem.shape, problem.uvqk, problem.buckets, problem.lengths, out=answers[-1], threaded=threaded
+        cpu.Attention(library, problem.shape).attention(
+            problem.uvqk, problem.buckets, problem.lengths, out=answers[-1], threaded=threaded
         )
     alone = np.full((1, 64, problem.out_width), np.nan, np.float32)
     uvqk, buckets = problem.uvqk[2:3, :64].copy(), problem.buckets[2:3, :64, :64].copy()
-    library.attention(problem.shape, uvqk, buckets, problem.lengths[2:3], out=alone)
+    cpu.Attention(library, problem.shape).attention(uvqk, buckets, problem.lengths[2:3], out=alone)
     assert np.array_equal(answers[0], answers[1])
     assert np.array_equal(answers[1], answers[2])
     assert np.array_equal(alone[0], answers[0][2, :64])
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_time_buckets_equal_those_of_the_model(library: cpu.Library, causal: bool) -> None:
+def test_time_buckets_equal_those_of_the_model(library: Library, causal: bool) -> None:
     rng = np.random.default_rng(6)
     edges = np.array([0, *THRESHOLDS, 2**63 - 1], dtype=np.int64)
     near_edges = np.concatenate([edges[:-1] + d for d in (-1, 0, 1)])
@@ -282,7 +263,7 @@ def test_time_buckets_equal_those_of_the_model(library: cpu.Library, causal: boo
     expected = time_buckets(torch.from_numpy(start[:, :, None] - end[:, None, :])).numpy()
     if causal:
         expected = np.tril(expected)
-    assert np.array_equal(library.time_buckets(start, end, edges, causal=causal), expected)
+    assert np.array_equal(cpu.time_buckets(library, start, end, edges, causal=causal), expected)
 
 
 @pytest.mark.parametrize(
@@ -290,39 +271,53 @@ def test_time_buckets_equal_those_of_the_model(library: cpu.Library, causal: boo
     [([200], None, "outside 0..queries"), ([-1], None, "outside 0..queries"), ([20], 9, "longer than max_length")],
 )
 def test_a_call_that_makes_no_sense_is_refused(
-    library: cpu.Library, lengths: list[int], prefix: int | None, message: str
+    library: Library, lengths: list[int], prefix: int | None, message: str
 ) -> None:
     problem = Problem(1, 16, 16, (20,))
     cached = None
     if prefix is not None:
         cached = (np.zeros((1, prefix, 32), np.float32), np.array([prefix], dtype=np.int64))
-    with pytest.raises(cpu.KernelError, match=message):
-        library.attention(problem.shape, problem.uvqk, None, np.array(lengths), out=problem.poisoned(), cache=cached)
+    with pytest.raises(KernelError, match=message):
+        cpu.Attention(library, problem.shape).attention(
+            problem.uvqk, None, np.array(lengths), out=problem.poisoned(), cache=cached
+        )
 
 
-def test_wrong_types_and_shapes_are_refused(library: cpu.Library) -> None:
+def test_wrong_types_and_shapes_are_refused(library: Library) -> None:
     problem = Problem(1, 16, 16, (20,))
     good = {"out": problem.poisoned()}
-    with pytest.raises(cpu.KernelError, match="float32"):
-        library.attention(
-            problem.shape, problem.uvqk.astype(np.float64), None, None, out=problem.poisoned().astype(np.float64)
+    with pytest.raises(KernelError, match="float32"):
+        cpu.Attention(library, problem.shape).attention(
+            problem.uvqk.astype(np.float64), None, None, out=problem.poisoned().astype(np.float64)
         )
-    with pytest.raises(cpu.KernelError, match="does not fit"):
-        library.attention(problem.shape, problem.uvqk[..., :-1], None, None, **good)
-    with pytest.raises(cpu.KernelError, match="contiguous"):
-        library.attention(problem.shape, problem.uvqk, problem.buckets[:, ::-1], None, **good)
-    with pytest.raises(cpu.KernelError, match="has no"):
+    with pytest.raises(KernelError, match="does not fit"):
+        cpu.Attention(library, problem.shape).attention(problem.uvqk[..., :-1], None, None, **good)
+    with pytest.raises(KernelError, match="contiguous"):
+        cpu.Attention(library, problem.shape).attention(problem.uvqk, problem.buckets[:, ::-1], None, **good)
+    with pytest.raises(KernelError, match="has no"):
         library.limit_isa("sse2")  # type: ignore[arg-type]
 
 
 def test_the_same_compiler_makes_the_same_bytes(library_file: Path, tmp_path: Path) -> None:
     first = library_file.read_bytes()
-    assert cpu.build(tmp_path).read_bytes() == first
-    assert str(cpu.openvino_folder()).encode() not in first
+    assert build(tmp_path).read_bytes() == first
+    assert str(openvino_folder()).encode() not in first
 
 
 def test_a_missing_compiler_or_library_is_said(tmp_path: Path) -> None:
-    with pytest.raises(cpu.KernelError, match="no gcc-none here"):
-        cpu.build(tmp_path, compiler="gcc-none")
-    with pytest.raises(cpu.KernelError, match="cannot be loaded"):
-        cpu.load(tmp_path / cpu.LIBRARY)
+    with pytest.raises(KernelError, match="no gcc-none here"):
+        build(tmp_path, compiler="gcc-none")
+    with pytest.raises(KernelError, match="cannot be loaded"):
+        load(tmp_path / LIBRARY)
+
+
+def test_int8_output_is_the_float_output_rounded_row_by_row(library: Library, isa: str) -> None:
+    problem = Problem(3, 16, 20, (70, 33, 0))
+    attention = cpu.Attention(library, problem.shape)
+    wide, narrow = problem.poisoned(), np.full((3, 70, 60), 99, np.int8)
+    scales = np.full((3, 70), np.nan, np.float32)
+    attention.attention(problem.uvqk, problem.buckets, problem.lengths, out=wide)
+    attention.attention(problem.uvqk, problem.buckets, problem.lengths, out=narrow, out_scales=scales)
+    assert np.allclose(scales, np.abs(wide).max(axis=2) / 127, rtol=1e-6)
+    assert np.abs(narrow * scales[..., None] - wide).max() <= 0.5001 * scales.max()
+    assert np.abs(narrow).max() == 127

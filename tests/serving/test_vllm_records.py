@@ -30,7 +30,7 @@ def test_every_field_survives(dtype: torch.dtype) -> None:
     times = np.concatenate([EXTREMES, rng.integers(-(2**63), 2**63 - 1, size=200)]).astype(np.int64)
     items = rng.integers(0, 2**31, size=len(times))
     actions = rng.integers(0, 2**16, size=len(times))
-    rows = encode_records(items, actions, times, times[::-1].copy(), width=RECORD_WIDTH + 7).to(dtype)
+    rows = encode_records(items, actions, times, times[::-1].copy()).to(dtype)
     events = decode_records(rows)
     assert events.item_ids.tolist() == items.tolist()
     assert events.actions.tolist() == actions.tolist()
@@ -40,7 +40,7 @@ def test_every_field_survives(dtype: torch.dtype) -> None:
 
 
 def test_a_bare_item_is_told_from_an_event() -> None:
-    events = decode_records(encode_items(torch.tensor([0, 5, 70_000, 2**31 - 1]), width=32, dtype=torch.bfloat16))
+    events = decode_records(encode_items(torch.tensor([0, 5, 70_000, 2**31 - 1]), dtype=torch.bfloat16))
     assert events.item_ids.tolist() == [0, 5, 70_000, 2**31 - 1]
     assert not bool(events.has_times.any())
 

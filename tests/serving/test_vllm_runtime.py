@@ -398,3 +398,15 @@ def test_five_hundred_requests(cramped: VllmRuntime, runtime: VllmRuntime, model
                 *engine.greedy_slates(histories, 10, exclude_history=seed == 21),
                 exclude_history=seed == 21,
             )
+
+
+@pytest.mark.slow
+def test_two_tensor_parallel_processes_equal_one(folder: Path, model: HSTU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads are split over two processes; the norm over all heads takes the sums of both."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")  # one core is enough
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    runtime = VllmRuntime(folder, kv_cache_mib=64, tensor_parallel_size=2)
+    histories = random_histories(CONFIG, num_users=20, seed=16)
+    _assert_embeddings(model, histories, runtime.embed(histories))
+    _assert_slates(model, histories, *runtime.greedy_slates(histories, 10))
+    runtime.close()

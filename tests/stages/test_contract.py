@@ -294,6 +294,14 @@ def test_a_kill_at_every_file_operation(fast_folder: Path, signum: int, earlier:
         report = workspace.reports / "metrics" / "toy.json"
         if report.exists() and found is not None:
             assert json.loads(report.read_text()) == {"value": found}
+        if signum == signal.SIGKILL and earlier:  # a pipeline runner removes the destination before it runs a stage
+            again = workspace_at(fast_folder / f"{moment}-removed")
+            shutil.copytree(workspace.artifacts, again.artifacts)
+            shutil.rmtree(again.artifacts / "toy", ignore_errors=True)
+            with pytest.raises(ZeroDivisionError):
+                execute(with_run(lambda *_: 1 // 0), again)  # type: ignore[arg-type, return-value]
+            assert check_whole(again) in (old, None)
+            shutil.rmtree(fast_folder / f"{moment}-removed")
         with pytest.raises(ParameterError):  # a run that fails before it writes recovers nothing and harms nothing
             execute(TOY, workspace, overrides={"value": "x"})
         with pytest.raises(ZeroDivisionError):  # a run that fails later leaves what was whole before the kill
@@ -364,13 +372,15 @@ def test_a_held_workspace_refuses_another_run(workspace: Workspace) -> None:
             os.write(writer, b"x")
             signal.pause()
     assert os.read(reader, 1) == b"x"
-    with pytest.raises(UsageError, match=f"another run is at work here .process {child}."):
-        execute(TOY, workspace, overrides={"value": 2})
-    assert open_artifact(before.path).id == before.id
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os.close(reader)
-    os.close(writer)
+    try:
+        with pytest.raises(UsageError, match=f"another run is at work here .process {child}."):
+            execute(TOY, workspace, overrides={"value": 2})
+        assert open_artifact(before.path).id == before.id
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reader)
+        os.close(writer)
     assert execute(TOY, workspace, overrides={"value": 2}).params["value"] == 2
 
 

@@ -23,7 +23,15 @@ struct Simd {
     static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
     static Float fnma(Float a, Float b, Float c) { return _mm512_fnmadd_ps(a, b, c); }
     static Float limit(Float a, Float most) { return _mm512_range_ps(a, most, 0b0010); }  // |a| <= most, sign of a
+    static Float magnitude(Float a) { return _mm512_abs_ps(a); }
+    static Float maximum(Float a, Float b) { return _mm512_max_ps(a, b); }
     static float sum(Float a) { return _mm512_reduce_add_ps(a); }
+    static float most(Float a) { return _mm512_reduce_max_ps(a); }
+    static uint64_t at_least(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }  // bit per lane
+    static void store_int8(int8_t* p, Float a, int64_t n) {  // rounded to nearest even
+        _mm512_mask_cvtsepi32_storeu_epi8(p, first(n), _mm512_cvtps_epi32(a));
+    }
+    static Float to_float(Float integers) { return _mm512_cvtepi32_ps(_mm512_castps_si512(integers)); }
     static Float load(const float* p) { return _mm512_loadu_ps(p); }
     static Float load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
     static void store(float* p, Float a) { _mm512_storeu_ps(p, a); }
@@ -117,6 +125,27 @@ struct Float32Words {
     static void store(uint32_t* out, Simd::Float a) { _mm512_storeu_ps(out, a); }  // 16 values
     static void store_pairs(uint32_t* out, Simd::Float a, Simd::Float) { _mm512_storeu_ps(out, a); }
     static constexpr bool kFast = false;
+};
+
+// Four int8 in a word. The left word is unsigned where the CPU multiplies unsigned by signed: kOffset is added to it.
+struct Int8Words {
+    static constexpr int kPack = 4;
+#ifdef __AVX512VNNI__
+    static constexpr int kOffset = 128;
+    static Simd::Float multiply_add(Simd::Float a, Simd::Float b, Simd::Float c) {
+        return _mm512_castsi512_ps(
+            _mm512_dpbusd_epi32(_mm512_castps_si512(c), _mm512_castps_si512(a), _mm512_castps_si512(b)));
+    }
+#else
+    static constexpr int kOffset = 0;
+    static Simd::Float multiply_add(Simd::Float a, Simd::Float b, Simd::Float c) {  // even and odd bytes as int16
+        const auto even = [](__m512i x) { return _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8); };
+        const auto odd = [](__m512i x) { return _mm512_srai_epi16(x, 8); };
+        const __m512i x = _mm512_castps_si512(a), y = _mm512_castps_si512(b);
+        const __m512i products = _mm512_add_epi32(_mm512_madd_epi16(even(x), even(y)), _mm512_madd_epi16(odd(x), odd(y)));
+        return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(c), products));
+    }
+#endif
 };
 
 #ifdef __AVX512BF16__

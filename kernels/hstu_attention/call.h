@@ -1,12 +1,11 @@
-// The plain C interface of the fused HSTU attention; cpu.py mirrors these structures field by field.
+// One call of the fused HSTU attention; cpu.py mirrors these structures field by field.
 #pragma once
-#include <cstdint>
+#include "cpu/runtime.h"
 
 namespace hstu {
 
-enum Type : int32_t { kFloat32 = 0, kBfloat16 = 1 };
-enum Mode : int32_t { kCausal = 0, kCandidates = 1, kQueries = 2 };
-enum BucketType : int32_t { kNoBuckets = 0, kUint8 = 1, kInt32 = 4, kInt64 = 8 };
+enum Mode : int64_t { kCausal = 0, kCandidates = 1, kQueries = 2 };
+enum BucketType : int64_t { kNoBuckets = 0, kUint8 = 1, kInt32 = 4, kInt64 = 8 };
 
 // Rows [batch, rows, columns] of one tensor: strides count elements; columns are contiguous.
 struct Rows {
@@ -38,23 +37,9 @@ struct Call {
     const uint8_t* mask;             // [batch, queries, keys], zero forbids; null: nothing more is forbidden
     int64_t mask_row_stride, mask_batch_stride;
     void* out;                       // [batch, queries, heads * v_dim]; rows after the end become 0
-    int64_t out_row_stride, out_batch_stride;
-    float epsilon;
-    int32_t mode, in_type, out_type, compute_type, prefix_type, prefix_activated, bucket_type, threaded;
+    float* out_scales;               // out_type kInt8: [batch, queries], a row is its scale times its int8 values
+    double epsilon;
+    int64_t mode, in_type, out_type, compute_type, prefix_type, prefix_activated, bucket_type, threaded;
 };
-
-// What a kernel may ask of the process: parallel loops and memory. Kernels themselves use no library.
-struct Runtime {
-    int64_t workers;
-    void (*parallel)(int64_t count, void (*body)(void*, int64_t), void* context);
-    void* (*local)(int64_t bytes);    // this thread's scratch, until it asks again
-    void* (*acquire)(int64_t bytes);  // shared scratch of one call
-    void (*release)(void* memory);
-};
-
-using Kernel = void (*)(const Call&, const Runtime&);
-void attention_avx2(const Call&, const Runtime&);
-void attention_avx512(const Call&, const Runtime&);
-void attention_avx512_bf16(const Call&, const Runtime&);
 
 }  // namespace hstu

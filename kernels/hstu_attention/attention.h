@@ -5,107 +5,21 @@
 // is no softmax, so partial sums simply add. At the end each row is normalised over all heads and gated.
 // What a row's answer is made of depends on the row alone: not on the batch, the padding or the threads.
 #pragma once
-#include <cstring>
-
-#include "abi.h"
+#include "call.h"
 
 namespace {
 
 using hstu::Call;
 using hstu::Rows;
 using hstu::Runtime;
-using Float = Simd::Float;
 
-constexpr int64_t kBlock = 64;                           // keys in a block
-constexpr int64_t kStrip = 48;                           // query rows that share a walk over the blocks
-constexpr int64_t kLanes = Simd::kLanes;
-constexpr int64_t kPanel = Simd::kLanes * Simd::kVectors;  // keys across a register tile
-constexpr int64_t kGroupBytes = 64 << 20;                // at most so much scratch for the users in flight, or one user
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// x / (1 + exp(-x)): exp by Cody-Waite reduction to 2^f, f in [-1/2, 1/2], and a minimax polynomial
-// (relative error 7.5e-8, or 7.5e-5 where the result is rounded to bf16 anyhow).
-template <bool kFast>
-inline Float silu(Float x) {
-    const Float y = Simd::limit(x, Simd::set(86.0f));
-    const Float magic = Simd::set(12582912.0f), minus_log2e = Simd::set(-1.44269504f);
-    const Float t = Simd::fma(y, minus_log2e, magic);
-    const Float f = Simd::fma(y, minus_log2e, Simd::sub(magic, t));
-    Float p;
-    if constexpr (kFast) {
-        p = Simd::fma(Simd::set(0.055171624f), f, Simd::set(0.24261113f));
-        p = Simd::fma(p, f, Simd::set(0.69326097f));
-        p = Simd::fma(p, f, Simd::set(0.99992806f));
-    } else {
-        p = Simd::fma(Simd::set(0.0013276466f), f, Simd::set(0.009675541f));
-        p = Simd::fma(p, f, Simd::set(0.055507135f));
-        p = Simd::fma(p, f, Simd::set(0.2402212f));
-        p = Simd::fma(p, f, Simd::set(0.69314694f));
-        p = Simd::fma(p, f, Simd::set(1.0000001f));
-    }
-    const Float d = Simd::add(Simd::scale(p, t), Simd::set(1.0f));
-    Float r = Simd::reciprocal(d);
-    if constexpr (!kFast) r = Simd::mul(r, Simd::fnma(d, r, Simd::set(2.0f)));
-    return Simd::mul(x, r);
-}
+constexpr int64_t kBlock = 64;            // keys in a block
+constexpr int64_t kStrip = 48;            // query rows that share a walk over the blocks
+constexpr int64_t kGroupBytes = 64 << 20;  // at most so much scratch for the users in flight, or one user
 
 template <class T>
 inline const T* row(const Rows& rows, int64_t user, int64_t index) {
     return static_cast<const T*>(rows.data) + user * rows.batch_stride + index * rows.row_stride;
-}
-
-// Words: 32 bits that hold one float or two bf16. C[M x V lanes] = (C +) A[M x words] B[words x V lanes].
-template <class Words, int M, int V, bool kAdd>
-void tile(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t words, float* c, int64_t c_stride) {
-    Float sum[M][V];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[m][v] = Simd::zero();
-    for (int64_t w = 0; w < words; ++w) {
-        Float right[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) right[v] = Simd::load(reinterpret_cast<const float*>(b + w * b_stride) + v * kLanes);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-            float word;
-            std::memcpy(&word, a + m * a_stride + w, 4);
-            const Float left = Simd::set(word);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) sum[m][v] = Words::multiply_add(left, right[v], sum[m][v]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-            float* at = c + m * c_stride + v * kLanes;
-            Simd::store(at, kAdd ? Simd::add(Simd::load(at), sum[m][v]) : sum[m][v]);
-        }
-}
-
-using Tile = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, int64_t, float*, int64_t);
-
-template <class Words, bool kAdd, int V>
-constexpr Tile tile_of_rows(int m) {
-    constexpr Tile tiles[] = {tile<Words, 1, V, kAdd>, tile<Words, 2, V, kAdd>, tile<Words, 3, V, kAdd>,
-                              tile<Words, 4, V, kAdd>, tile<Words, 5, V, kAdd>, tile<Words, 6, V, kAdd>};
-    static_assert(sizeof(tiles) / sizeof(Tile) == Simd::kRows);
-    return tiles[m - 1];
-}
-
-template <class Words, bool kAdd>
-Tile choose_tile(int64_t m, int64_t vectors) {
-    const int rows = static_cast<int>(m);
-    if constexpr (Simd::kVectors == 4) {
-        if (vectors == 4) return tile_of_rows<Words, kAdd, 4>(rows);
-        if (vectors == 3) return tile_of_rows<Words, kAdd, 3>(rows);
-    }
-    return vectors == 2 ? tile_of_rows<Words, kAdd, 2>(rows) : tile_of_rows<Words, kAdd, 1>(rows);
 }
 
 template <class Words, class T>
@@ -212,11 +126,6 @@ struct Attention {
                     Simd::transpose(rows + key * q_stride + head * k_stride + w, q_stride,
                                     out + head * block_words + key / kPanel * kPanel * k_words + w * kPanel + key % kPanel,
                                     kPanel, static_cast<int>(min(kLanes, k_words - w)));
-    }
-
-    template <class U> struct Typed { using type = U; };
-    template <class F> static void by_type(int32_t type, F f) {
-        type == hstu::kBfloat16 ? f(Typed<uint16_t>{}) : f(Typed<float>{});
     }
 
     // Bias of query rows [first, first + count) for every key they see, and one bit per key that says whether they do.
@@ -336,14 +245,20 @@ struct Attention {
 
     // out = SiLU(u) (o - mean) / sqrt(variance + epsilon N²): LN(o / N) without the division.
     void finish(int64_t b, int64_t first, int64_t count, float* o) const {
-        by_type(call.out_type, [&](auto type) {
-            using U = typename decltype(type)::type;
-            for (int64_t r = 0; r < count; ++r) {
-                if (call.mode == hstu::kCandidates) add_own(b, first + r, o + r * o_stride);
-                U* out = static_cast<U*>(call.out) + b * call.out_batch_stride + (first + r) * call.out_row_stride;
-                gate(row<T>(call.u, b, first + r), o + r * o_stride, out);
+        for (int64_t r = 0; r < count; ++r) {
+            float* at = o + r * o_stride;
+            const int64_t index = b * call.queries + first + r;
+            const T* u = row<T>(call.u, b, first + r);
+            if (call.mode == hstu::kCandidates) add_own(b, first + r, at);
+            if (call.out_type == hstu::kBfloat16) {
+                gate(u, at, static_cast<uint16_t*>(call.out) + index * heads * dv);
+            } else if (call.out_type == hstu::kFloat32) {
+                gate(u, at, static_cast<float*>(call.out) + index * heads * dv);
+            } else {
+                gate(u, at, at);  // a vector is read before it is written, never behind where it stands
+                call.out_scales[index] = quantize_row(at, heads * dv, static_cast<int8_t*>(call.out) + index * heads * dv);
             }
-        });
+        }
     }
 
     template <class U>
@@ -372,7 +287,7 @@ struct Attention {
             square[0] = Simd::fma(x, x, square[0]);
         }
         const Float squares = Simd::add(Simd::add(square[0], square[1]), Simd::add(square[2], square[3]));
-        const float variance = Simd::sum(squares) / width + call.epsilon * n * n;
+        const float variance = Simd::sum(squares) / width + static_cast<float>(call.epsilon) * n * n;
         const Float scale = Simd::set(1.0f / __builtin_sqrtf(variance));
         const auto value = [&](int64_t i, Float gate) {
             return Simd::mul(Simd::mul(Simd::sub(Simd::load(o + i), mean), scale), silu<Words::kFast>(gate));
@@ -389,14 +304,10 @@ struct Attention {
     }
 
     void clear(int64_t b) const {
-        const int64_t size = call.out_type == hstu::kBfloat16 ? 2 : 4;
-        for (int64_t i = rows_of(b); i < call.queries; ++i)
-            std::memset(static_cast<char*>(call.out) + (b * call.out_batch_stride + i * call.out_row_stride) * size, 0, heads * dv * size);
-    }
-
-    template <class F>
-    void parallel(int64_t count, F body) const {
-        runtime.parallel(count, [](void* f, int64_t i) { (*static_cast<F*>(f))(i); }, &body);
+        const int64_t sizes[] = {4, 2, 1}, bytes = heads * dv * sizes[call.out_type], end = call.queries - rows_of(b);
+        const int64_t begin = b * call.queries + rows_of(b);
+        std::memset(static_cast<char*>(call.out) + begin * bytes, 0, end * bytes);
+        if (call.out_type == hstu::kInt8) std::memset(call.out_scales + begin, 0, end * sizeof(float));
     }
 
     struct Work {  // a block of keys, or a strip of query rows
@@ -426,11 +337,11 @@ struct Attention {
             for (int64_t i = 0; i < ceil_div(keys_of(b), kBlock); ++i) to_pack[num_blocks++] = {b, i};
             for (int64_t i = ceil_div(rows_of(b), kStrip) - 1; i >= 0; --i) to_answer[num_strips++] = {b, i};  // longest first
         }
-        parallel(num_blocks, [=, this](int64_t item) {
+        parallel(runtime, num_blocks, [=, this](int64_t item) {
             uint32_t* scratch = static_cast<uint32_t*>(runtime.local(pack_scratch()));
             pack_block(to_pack[item].user, to_pack[item].index, packed + item * heads * block_words, scratch);
         });
-        parallel(num_strips, [=, this](int64_t item) {
+        parallel(runtime, num_strips, [=, this](int64_t item) {
             const auto [b, strip] = to_answer[item];
             answer_strip(b, strip, packed + first_block[b - begin] * heads * block_words);
         });
@@ -480,12 +391,12 @@ struct Attention {
             first_block[b - begin] = num_blocks;
             for (int64_t i = 0; i < ceil_div(keys_of(b), kBlock); ++i) work[num_blocks++] = {b, i};
         }
-        parallel(users, [=, this](int64_t user) {
+        parallel(runtime, users, [=, this](int64_t user) {
             const int64_t b = begin + user, at = first_block[user] * rows;
             activate_queries(b, 0, rows_of(b), queries + user * rows * q_stride);
             prepare(b, 0, rows_of(b), ceil_div(keys_of(b), kBlock), bias + at * kBlock, allowed + at, reach + user * rows);
         });
-        parallel(num_blocks, [=, this](int64_t item) {
+        parallel(runtime, num_blocks, [=, this](int64_t item) {
             const auto [b, block] = work[item];
             const int64_t user = b - begin, at = first_block[user] * rows, blocks = ceil_div(keys_of(b), kBlock);
             float* o = sum + item * rows * o_stride;
@@ -497,7 +408,7 @@ struct Attention {
                 attend(queries + user * rows * q_stride + head * k_stride, rows_of(b), block, blocks, packed + head * block_words,
                        bias + at * kBlock, allowed + at, reach + user * rows, o + head * v_lanes);
         });
-        parallel(users, [=, this](int64_t user) {
+        parallel(runtime, users, [=, this](int64_t user) {
             const int64_t b = begin + user, floats = rows_of(b) * o_stride;
             float* o = sum + first_block[user] * rows * o_stride;
             if (keys_of(b) == 0) {

@@ -12,7 +12,8 @@
 #include <utility>
 #include <vector>
 
-#include "abi.h"
+#include "hstu_attention/call.h"
+#include "item_head/call.h"
 
 namespace {
 
@@ -87,20 +88,24 @@ void release(void* data) {
     }
 }
 
-const char* const kNames[] = {"avx2", "avx512", "avx512_bf16"};
-const hstu::Kernel kKernels[] = {hstu::attention_avx2, hstu::attention_avx512, hstu::attention_avx512_bf16};
+const hstu::Kernels* const kSets[] = {&hstu::kAvx2, &hstu::kAvx512, &hstu::kAvx512Bf16};
 
-// The widest set this CPU and system have: -1 none, 0 AVX2 + FMA, 1 AVX-512 F BW DQ VL, 2 and BF16.
+// The widest set this CPU and system have: -1 none, 0 AVX2 + FMA, 1 AVX-512 F BW DQ VL, 2 also BF16 and VNNI.
 int widest() {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return -1;
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (!wide) return 0;
-    return __builtin_cpu_supports("avx512bf16") ? 2 : 1;
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? 2 : 1;
 }
 
 std::atomic<int> chosen{widest()};
+
+hstu::Runtime runtime_of(int64_t wants_threads) {
+    const int64_t workers = wants_threads ? tbb::this_task_arena::max_concurrency() : 1;
+    return {workers, workers > 1 ? threaded : serial, local, acquire, release};
+}
 
 const char* check(const Call& c) {
     if (c.batch < 0 || c.queries < 0 || c.prefix_rows < 0) return "a size is negative";
@@ -137,16 +142,16 @@ struct Edges {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int32_t hstu_attention_version() { return kVersion; }
-EXPORT int64_t hstu_attention_call_bytes() { return sizeof(Call); }
+EXPORT int32_t hstu_cpu_version() { return kVersion; }
+EXPORT int64_t hstu_cpu_call_bytes() { return sizeof(Call) + sizeof(hstu::HeadCall); }
 
 // The instruction set in use, or "" when this CPU has not even AVX2.
-EXPORT const char* hstu_attention_isa() { return chosen < 0 ? "" : kNames[chosen]; }
+EXPORT const char* hstu_cpu_isa() { return chosen < 0 ? "" : kSets[chosen]->name; }
 
 // Use at most the set of this name; 0 when it is not one of them or the CPU lacks it.
-EXPORT int32_t hstu_attention_limit_isa(const char* name) {
+EXPORT int32_t hstu_cpu_limit_isa(const char* name) {
     for (int i = 0; i <= widest(); ++i) {
-        if (std::strcmp(name, kNames[i]) != 0) continue;
+        if (std::strcmp(name, kSets[i]->name) != 0) continue;
         chosen = i;
         return 1;
     }
@@ -156,11 +161,24 @@ EXPORT int32_t hstu_attention_limit_isa(const char* name) {
 // The answer stands at call->out and null is returned, or a message that says why nothing was done.
 EXPORT const char* hstu_attention(const Call* call) {
     if (const char* error = check(*call)) return error;
-    if (chosen < 0) return "this CPU lacks AVX2 and FMA";
-    const int64_t workers = call->threaded ? tbb::this_task_arena::max_concurrency() : 1;
-    const hstu::Runtime runtime{workers, workers > 1 ? threaded : serial, local, acquire, release};
-    kKernels[chosen](*call, runtime);
+    kSets[chosen]->attention(*call, runtime_of(call->threaded));
     return nullptr;
+}
+
+// Bytes of the packed form of a table, on any instruction set.
+EXPORT int64_t hstu_item_head_bytes(int64_t items, int64_t dim) {
+    const int64_t padded = (items + 63) / 64 * 64;
+    return padded * ((dim + 3) / 4 * 4 + 16);
+}
+
+// call->packed holds the table's int8 form, for the instruction set in use.
+EXPORT void hstu_item_head_pack(const hstu::HeadCall* call) {
+    kSets[chosen]->item_head_pack(*call, runtime_of(call->threaded));
+}
+
+// The best items stand at call->scores and call->indices.
+EXPORT void hstu_item_head_top(const hstu::HeadCall* call) {
+    kSets[chosen]->item_head_top(*call, runtime_of(call->threaded));
 }
 
 // out[b, i, t] = bucket of |from[b, i] - to[b, t]| for t < seen (causal: t <= i), 0 elsewhere. All contiguous.

@@ -27,6 +27,22 @@ struct Simd {
     static Float limit(Float a, Float most) {  // |a| <= most, sign of a
         return _mm256_min_ps(_mm256_max_ps(a, _mm256_sub_ps(zero(), most)), most);
     }
+    static Float magnitude(Float a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+    static Float maximum(Float a, Float b) { return _mm256_max_ps(a, b); }
+    static float most(Float a) {
+        const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+        const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+    }
+    static uint64_t at_least(Float a, Float b) {  // bit per lane
+        return static_cast<uint64_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+    }
+    static void store_int8(int8_t* p, Float a, int64_t n) {  // rounded to nearest even
+        alignas(32) int32_t values[8];
+        _mm256_store_si256(reinterpret_cast<Int*>(values), _mm256_cvtps_epi32(a));
+        for (int64_t i = 0; i < n && i < 8; ++i) p[i] = static_cast<int8_t>(values[i]);
+    }
+    static Float to_float(Float integers) { return _mm256_cvtepi32_ps(_mm256_castps_si256(integers)); }
     static float sum(Float a) {
         const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
         const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -114,6 +130,18 @@ struct Float32Words {
     static void store(uint32_t* out, Simd::Float a) { _mm256_storeu_ps(reinterpret_cast<float*>(out), a); }
     static void store_pairs(uint32_t* out, Simd::Float a, Simd::Float) { store(out, a); }
     static constexpr bool kFast = false;
+};
+
+// Four int8 in a word, multiplied as even and odd bytes.
+struct Int8Words {
+    static constexpr int kPack = 4, kOffset = 0;
+    static Simd::Float multiply_add(Simd::Float a, Simd::Float b, Simd::Float c) {
+        const auto even = [](__m256i x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); };
+        const auto odd = [](__m256i x) { return _mm256_srai_epi16(x, 8); };
+        const __m256i x = _mm256_castps_si256(a), y = _mm256_castps_si256(b);
+        const __m256i products = _mm256_add_epi32(_mm256_madd_epi16(even(x), even(y)), _mm256_madd_epi16(odd(x), odd(y)));
+        return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(c), products));
+    }
 };
 
 }  // namespace

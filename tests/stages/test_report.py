@@ -1,0 +1,207 @@
+"""The report: everything inside one page, true to its inputs, the same bytes from the same inputs."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hstu.artifact import encode_json, open_artifact
+from hstu.errors import InputError
+from stages.contract import Workspace
+from stages.report import PAGE, page, write_plots, write_report_page
+from stages.report_evidence import Evidence, gather
+from tests.stages import benchmarks
+from tests.stages.bundles import copy, rewrite, write_artifacts
+
+ROOT = Path(__file__).parents[2]
+VOID = {"meta", "link", "br"}
+SHAPES = {"rect", "line"}  # written as <rect …/>
+
+
+class Reader(HTMLParser):
+    """Every tag is closed in order; texts, tags and attributes are kept."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in SHAPES
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle and its upstream artifacts, one engine of them only built."""
+    folder = tmp_path_factory.mktemp("report") / "artifacts"
+    bundle = write_artifacts(folder)
+    description = {"version": "1.2.3", "default_engine": "fp32", "engines": {"fp32": {}}}
+    (bundle / "bundle.json").write_bytes(encode_json(description))
+    rewrite(bundle)
+    return folder
+
+
+@pytest.fixture
+def workspace(artifacts: Path, tmp_path: Path) -> Workspace:
+    benchmarks.write(tmp_path, benchmarks.benchmark())
+    params = {name: getattr(benchmarks.PARAMS, name) for name in benchmarks.PARAMS.__slots__}
+    return Workspace(artifacts=artifacts, reports=tmp_path, values={"gate": params})
+
+
+def reports(workspace: Workspace, **changes: Any) -> Evidence:
+    """The evidence with other benchmark values."""
+    evidence = gather(workspace)
+    return dataclasses.replace(evidence, benchmark={**evidence.benchmark, **changes})
+
+
+def test_the_page_loads_nothing_and_runs_nothing(workspace: Workspace) -> None:
+    html = write_report_page(workspace).read_text()
+    reader = Reader(html)
+    assert not {"script", "img", "iframe", "object"} & {tag for tag, _ in reader.tags}
+    for tag, attributes in reader.tags:
+        for name in ("src", "href", "srcset", "data", "style"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:,")), (tag, attributes)
+    assert not re.search(r"https?:|url\(|@import|javascript:|\bon\w+=", html)
+    assert "prefers-color-scheme: dark" in html
+    assert len(html) < 300_000
+
+
+def test_the_same_inputs_give_the_same_bytes(workspace: Workspace) -> None:
+    first = write_report_page(workspace).read_bytes()
+    assert write_report_page(workspace).read_bytes() == first
+    assert not list(workspace.reports.glob(".*"))
+
+
+def test_the_page_tells_what_was_measured(workspace: Workspace) -> None:
+    text = Reader(write_report_page(workspace).read_text()).text
+    bundle = open_artifact(workspace.artifacts / "bundle")
+    assert "HSTU bundle 1.2.3" in text
+    assert bundle.id[:12] in text
+    assert "All 16 results agree with eager PyTorch" in text
+    assert "No baseline has been accepted yet" in text
+    assert "2.86 ms" in text  # the int8 engine, one user: 10 ms / 3.5
+    assert "560/s" in text  # the int8 engine, batches of 32
+    assert "0.490" in text  # HR@10
+    assert "best baseline (popularity): 0.040" in text
+    assert "0.998500" in text  # lowest cosine of int8
+    assert "≥ 0.995" in text  # its limit
+    assert "built, not executed" in text
+    assert "Test CPU 9000, 2 cores" in text
+    for name in ("prepare-data", "checkpoint", "export-onnx", "build-engine-fp32"):
+        assert name in text
+
+
+def test_artifacts_stand_in_the_order_in_which_they_were_made(workspace: Workspace) -> None:
+    html = write_report_page(workspace).read_text()
+    chain = html[html.index('<ol class="chain">') :]
+    assert re.findall(r"<li><b>([^<]+)</b>", chain) == [
+        "prepare-data", "checkpoint", "export-onnx", "build-engine-fp32", "build-engine-fp32-tensorrt-rtx", "bundle",
+    ]  # fmt: skip
+
+
+def test_wrong_results_are_the_first_thing_said(workspace: Workspace) -> None:
+    rows = benchmarks.benchmark()["results"]
+    none = {"latency_ms": None, "throughput_rps": None, "ratio_to_eager": None, "ratio_ci95": None,
+            "peak_memory_mib": None, "share_of_ceiling": None}  # fmt: skip
+    rows[3] |= {"correct": False, "max_abs_error": 0.5, **none}
+    html = page(reports(workspace, results=rows))
+    assert '<div class="verdict fail">' in html
+    text = Reader(html).text
+    assert text.index("1 of 16 results are wrong") < text.index("Model and data")
+
+
+def test_the_verdict_is_that_of_the_gate(workspace: Workspace) -> None:
+    slow = benchmarks.scaled(benchmarks.benchmark(), lambda row: 0.4)
+    (workspace.reports / "baseline.json").write_bytes(encode_json(benchmarks.benchmark()))
+    assert '<div class="verdict pass">' in page(gather(workspace))
+    benchmarks.write(workspace.reports, slow)
+    html = page(gather(workspace))
+    assert '<div class="verdict fail">' in html
+    assert '<span class="fail-text">fail</span>' in html
+
+
+def test_text_from_outside_cannot_become_markup(workspace: Workspace) -> None:
+    hostile = "<script>alert(1)</script>\"'&"
+    skipped = [{"case": "trained", "runtime": "torch-compile", "precision": "fp32", "reason": hostile}]
+    environment = benchmarks.ENVIRONMENT | {"cpu_model": hostile, "versions": {hostile: hostile}}
+    cases = {"trained": benchmarks.benchmark()["cases"]["trained"] | {"summary": hostile}}
+    html = page(reports(workspace, skipped=skipped, environment=environment, cases=cases))
+    assert "<script" not in html
+    assert Reader(html).text.count(hostile) == 5
+
+
+def test_a_checkpoint_without_known_quality_says_so(workspace: Workspace) -> None:
+    evidence = dataclasses.replace(gather(workspace), metrics={"checkpoint": {"num_parameters": 1000}})
+    text = Reader(page(evidence)).text
+    assert "ranking quality is not known" in text
+    assert "1,000" in text
+
+
+def test_without_a_benchmark_there_is_no_page(workspace: Workspace) -> None:
+    (workspace.reports / "benchmark.json").unlink()
+    with pytest.raises(InputError, match="no benchmark to report"):
+        write_report_page(workspace)
+    assert not (workspace.reports / PAGE).exists()
+
+
+def test_plots_hold_full_histories_on_all_threads(tmp_path: Path) -> None:
+    report = benchmarks.benchmark()
+    report["results"].append(report["results"][-1] | {"occupancy": 0.5})
+    write_plots(report, tmp_path)
+    with (tmp_path / "plots" / "throughput.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["what"] for row in rows] == [
+        "trained retrieve torch-eager",
+        "trained retrieve onnx-plain",
+        "trained retrieve engine onnxruntime fp32",
+        "trained retrieve engine onnxruntime int8",
+    ]
+    assert float(rows[3]["users_per_second"]) == pytest.approx(560)
+    with (tmp_path / "plots" / "latency.csv").open() as stream:
+        assert [float(row["p50_ms"]) for row in csv.DictReader(stream)] == pytest.approx(
+            [10, 10 / 1.3, 10 / 1.8, 10 / 3.5]
+        )
+
+
+def test_the_page_of_dvc_plots_brings_its_libraries() -> None:
+    template = (ROOT / ".dvc" / "plots" / "page.html").read_text()
+    assert template.count("{plot_divs}") == 1
+    assert "{scripts}" not in template  # where dvc would put three scripts from a CDN
+    assert not re.search(r"<(script|link)[^>]+(src|href)=", template)
+    for library in ("vega 5.", "vega-lite 5.", "vega-embed 6."):
+        assert f"<!-- {library}" in template
+    config = (ROOT / ".dvc" / "config").read_text()
+    assert "html_template = plots/page.html" in config
+    assert "analytics = false" in config
+
+
+def test_an_engine_that_was_executed_is_no_conformance_row(workspace: Workspace, tmp_path: Path) -> None:
+    only = tmp_path / "only"
+    copy(workspace.artifacts / "bundle", only / "bundle")
+    rewrite_from = open_artifact(workspace.artifacts / "bundle").manifest
+    (only / "bundle" / "manifest.json").write_bytes(encode_json(rewrite_from))
+    evidence = gather(dataclasses.replace(workspace, artifacts=only))
+    assert evidence.built_only == {}
+    assert "None was built" in page(evidence)
