@@ -38,17 +38,14 @@ def check_independent(engine: Engine, name: EntryName, feeds: Mapping[str, Array
     signature = entry(engine.config, name)
     letters = {spec.name: spec.shape for spec in signature.inputs}
     worst = 0.0
-    for row, length in enumerate(feeds["lengths"].tolist()):
-        alone = engine.run(
-            name,
-            {
-                key: values[row : row + 1, : max(1, length)] if "L" in letters[key] else values[row : row + 1]
-                for key, values in feeds.items()
-            },
-        )
+    for row in range(len(feeds["lengths"])):
+        length = max(1, int(feeds["lengths"][row]))
+        sizes = {"L": length, "E": length, "P": max(1, int(feeds["cached_lengths"][row])) if name == "extend" else 1}
+        alone = engine.run(name, {key: _row(value, letters[key], row, sizes) for key, value in feeds.items()})
         for spec in signature.outputs:
             if spec.dtype == "float32":
-                difference = np.abs(alone[spec.name][0] - together[spec.name][row]).max(initial=0.0)
+                shared = _row(together[spec.name], spec.shape, row, sizes)
+                difference = np.abs(alone[spec.name] - shared).max(initial=0.0)
                 worst = max(worst, float(difference) if np.isfinite(difference) else float("inf"))
     if not worst <= limit:
         raise GateError(
@@ -58,3 +55,9 @@ def check_independent(engine: Engine, name: EntryName, feeds: Mapping[str, Array
             fix="build this engine with another backend or precision",
         )
     return worst
+
+
+def _row(values: Array, shape: tuple[int | str, ...], row: int, sizes: Mapping[str, int]) -> Array:
+    """One user of a batch, cut to the user's own sizes where the letters of `shape` are among them."""
+    ends = (sizes.get(letter) if isinstance(letter, str) else None for letter in shape[1:])
+    return np.ascontiguousarray(values[(slice(row, row + 1), *(slice(end) for end in ends))])

@@ -19,7 +19,7 @@ from stages.onnx_files import move_weights, open_weights, write_model
 from stages.passes.lint import lint
 from stages.precision import calibration, floats, int8
 from stages.precision.emulation import emulate
-from stages.precision.linears import find_linears, matches, require_known
+from stages.precision.linears import Linear, find_linears, matches, require_known
 from stages.precision.lint import lint_precision
 
 WIDE = {  # what no precision lowers
@@ -57,7 +57,10 @@ def lower_entry(
     if recipe.precision == "int8":
         require_known(recipe.int8_keep_wide, linears, parameter="build-engine.int8_keep_wide")
         narrow = [x for x in linears if x.role != "item_head" and not matches(x, recipe.int8_keep_wide)]
-        scales = _scales(folder, name, config, recipe, histories, {x.name: x.input.name or "" for x in narrow})
+        if name == "extend":
+            scales = _scales_of_retrieve(folder, config, recipe, histories, narrow)
+        else:
+            scales = _scales(folder, name, config, recipe, histories, {x.name: x.input.name or "" for x in narrow})
         int8.quantize(model, narrow, scales)
         types = {x.name: "int8" if x in narrow else "float32" for x in linears}
         facts: dict[str, Any] = {
@@ -104,6 +107,16 @@ def _scales(
         for tensor in observed
     }
     return {linear: scales[tensor] for linear, tensor in tensors.items()}
+
+
+def _scales_of_retrieve(
+    folder: Path, config: HSTUConfig, recipe: Recipe, histories: Histories, narrow: Sequence[Linear]
+) -> dict[str, calibration.Scale]:
+    """The scales that the same linears have in `retrieve`, by name: a returning user gets that entry's answers."""
+    linears = {linear.weight.name: linear for linear in find_linears(ir.load(folder / "retrieve.onnx"))}
+    same = {linear.name: linears[linear.weight.name] for linear in narrow}
+    found = _scales(folder, "retrieve", config, recipe, histories, {x.name: x.input.name or "" for x in same.values()})
+    return {name: found[linear.name] for name, linear in same.items()}
 
 
 def _require_legal(name: EntryName, precision: str, model: ir.Model) -> None:
