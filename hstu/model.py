@@ -118,9 +118,7 @@ class HSTUAttention(nn.Module):
         attended = attended + own.unsqueeze(-1) * cand_v
         return cand_u * layer_norm(attended.flatten(-2))
 
-    def extend(
-        self, uvqk: Tensor, cache: Tensor, buckets: Tensor, cached_lengths: Tensor, lengths: Tensor
-    ) -> Tensor:
+    def extend(self, uvqk: Tensor, cache: Tensor, buckets: Tensor, cached_lengths: Tensor, lengths: Tensor) -> Tensor:
         """Gated output [B, E, H·dv] of E new events after a cached history.
 
         The sum over j needs no softmax, so the cached part and the new part simply add. uvqk [B, E, W] before
@@ -322,9 +320,7 @@ class HSTU(nn.Module):
         for index, layer in enumerate(self.layers):
             uvqk = layer.project(x)
             rows.append(layer.cache_rows(layer.attention, uvqk))
-            gated = layer.extend_attention(
-                layer.attention, uvqk, cache[:, index], buckets, cached_lengths, new.lengths
-            )
+            gated = layer.extend_attention(layer.attention, uvqk, cache[:, index], buckets, cached_lengths, new.lengths)
             x = x + layer.output(gated)
         embedding = self.user_embedding(x, new.lengths)
         scores, columns = self.item_scores(embedding).topk(num_results(self.config))

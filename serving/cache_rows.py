@@ -104,7 +104,7 @@ class _Memory:
     """What rows are kept in; `used` rows of it belong to somebody."""
 
     def __init__(self, spec: CacheSpec, form: CacheForm, *, capacity: int) -> None:
-        self.values = np.empty(spec.shape(capacity), DTYPES[form])
+        self.values: Array = np.empty(spec.shape(capacity), DTYPES[form])
         self.scales = np.empty((spec.num_layers, capacity, 2 if form == "int8" else 0), np.float32)
         self.used = 0
         self._spec, self._form = spec, form

@@ -230,4 +230,5 @@ def from_bytes(data: bytes) -> UserState:
         raise ArtifactError("not a user's state: a header that makes no sense", got=header, fix=_ANEW)
     events = np.frombuffer(body[end:rows_at], "<i8").astype(np.int64).reshape(len(_EVENTS), count)
     rows = CacheRows.from_bytes(body[rows_at:], spec, form, length)
-    return UserState(origin=origin, **dict(zip(_EVENTS, events, strict=True)), rows=rows, **kept)
+    item_ids, actions, timestamps = events
+    return UserState(origin=origin, item_ids=item_ids, actions=actions, timestamps=timestamps, rows=rows, **kept)

@@ -50,7 +50,9 @@ def export_entry(model: HSTU, name: EntryName, *, opset: int, writer: WeightsWri
     signature = entry(model.config, name)
     lengths = [min(length, model.config.max_history) for length in _TRACED_LENGTHS]
     feeds = random_feeds(model.config, name, lengths, num_candidates=6)
-    letters = {size: torch.export.Dim(size) for spec in signature.inputs for size in spec.shape if isinstance(size, str)}
+    letters = {
+        size: torch.export.Dim(size) for spec in signature.inputs for size in spec.shape if isinstance(size, str)
+    }
     shapes = {
         spec.name: {axis: letters[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in signature.inputs

@@ -7,6 +7,7 @@ figures, and nothing needs to be stored for that.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def part(histories: Histories, first: Int64s, last: Int64s) -> Histories:
 
 def histories_from_feeds(feeds: Mapping[str, Array]) -> Histories:
     """The histories that inputs of `retrieve` hold."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for row, length in enumerate(feeds["lengths"]):
         events = {name: feeds[name][row, :length] for name in ("item_ids", "timestamps")}
         if "actions" in feeds:

@@ -9,7 +9,6 @@ import torch
 
 from hstu.checkpoints.huggingface import load_pretrained
 from hstu.config import HSTUConfig
-from hstu.errors import InputError
 from hstu.model import HSTU, history_from_feeds
 from hstu.signature import EntryName
 from hstu.signature import entry as entry_signature

@@ -8,7 +8,7 @@ from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 from hstu.config import HSTUConfig
 from hstu.errors import GateError
 from stages.onnx_files import scope
-from stages.passes import functions, selection
+from stages.passes import function_bodies, functions, selection
 
 REASON = "one definition for all layers: runtimes inline it, kernels and plugins replace it by name"
 
@@ -71,13 +71,13 @@ def _replace(graph: gs.Graph, config: HSTUConfig, layer: int, gated: gs.Tensor, 
         columns = {"v_offset": config.num_heads * config.v_dim}
         columns["k_offset"] = config.uvqk_dim - config.num_heads * config.qk_dim
         inputs = [history, queries, buckets, lengths, *tables]
-        call(graph, functions.CANDIDATES, module, inputs, gated, **sizes, **columns)
+        call(graph, function_bodies.CANDIDATES, module, inputs, gated, **sizes, **columns)
     elif module.endswith(".extend_attention"):
         cache, cached_lengths = (_input(graph, name) for name in ("cache", "cached_lengths"))
         inputs = [queries, cache, buckets, cached_lengths, lengths, *tables]
-        call(graph, functions.EXTEND, module, inputs, gated, **sizes, layer=layer)
+        call(graph, function_bodies.EXTEND, module, inputs, gated, **sizes, layer=layer)
     else:
-        call(graph, functions.HISTORY, module, [queries, buckets, lengths, *tables], gated, **sizes)
+        call(graph, function_bodies.HISTORY, module, [queries, buckets, lengths, *tables], gated, **sizes)
 
 
 def _input(graph: gs.Graph, name: str) -> gs.Tensor:

@@ -1,6 +1,8 @@
 """The bodies of the attention functions, in ONNX's own text form: standard operators alone.
 
-`$NAME` stands for a size of the model (`stages.passes.functions`), whose interfaces these are. The sum over j is not divided by N here: LN(o / N) = LN(o) when epsilon is multiplied by N². Constants
+`$NAME` stands for a size of the model (`stages.passes.functions`, where the interfaces are said).
+
+The sum over j is not divided by N here: LN(o / N) = LN(o) when epsilon is multiplied by N². Constants
 take the type of the data (CastLike) and the LayerNorm is computed in float32, so that a body stays right
 when its inputs become float16 or bfloat16.
 """

@@ -12,7 +12,7 @@ REASON = "a second, normalised copy of the item table is neither stored nor made
 
 
 def apply(graph: gs.Graph, config: HSTUConfig) -> gs.Graph:
-    """In `retrieve` and `extend`, user · normalised tableᵀ becomes (user · tableᵀ without column 0) / norms, the norms folded."""
+    """In `retrieve` and `extend`, user · normalised tableᵀ becomes (user · tableᵀ without column 0) / folded norms."""
     if graph.name not in ("retrieve", "extend"):
         return graph
     top_k = selection.only((node for node in graph.nodes if node.op == "TopK"), "one TopK")

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from hstu.config import HSTUConfig
-from stages.passes import functions, selection
+from stages.passes import function_bodies, functions, selection
 from stages.passes.attention_function import call, define_functions
 
 REASON = "of the last layer only the last event is read (retrieve, extend), or only keys and values (rank)"
@@ -28,7 +28,9 @@ def apply(graph: gs.Graph, config: HSTUConfig) -> gs.Graph:
 def _last_row_alone(graph: gs.Graph, config: HSTUConfig, module: str) -> None:
     """u and q are computed for the last event [B, 1, ·], as what follows the attention is; k and v for all events."""
     extends = graph.name == "extend"
-    scope, function = ("extend_attention", functions.EXTEND) if extends else ("attention", functions.HISTORY)
+    scope, function = (
+        ("extend_attention", function_bodies.EXTEND) if extends else ("attention", function_bodies.HISTORY)
+    )
     attention = selection.only(selection.nodes_of(graph, f"{module}.{scope}", function), f"one call in {module}")
     if extends:
         uvqk, cache, buckets, cached_lengths, lengths, *tables = attention.inputs
@@ -61,10 +63,10 @@ def _last_row_alone(graph: gs.Graph, config: HSTUConfig, module: str) -> None:
         selection.replace_uses(rows.outputs[0], kv)
         inputs = [uq, kv, cache, last_buckets, cached_lengths, position, *tables]
         layer = attention.attrs["layer"]
-        call(graph, functions.EXTEND_QUERIES, f"{module}.{scope}", inputs, output, **sizes, layer=layer)
+        call(graph, function_bodies.EXTEND_QUERIES, f"{module}.{scope}", inputs, output, **sizes, layer=layer)
     else:
         inputs = [uq, kv, last_buckets, position, *tables]
-        call(graph, functions.QUERIES, f"{module}.{scope}", inputs, output, **sizes)
+        call(graph, function_bodies.QUERIES, f"{module}.{scope}", inputs, output, **sizes)
     addition.inputs[skipped] = last_row(addition.inputs[skipped], "last_input")
     selection.replace_uses(read.outputs[0], state)
 
@@ -72,7 +74,7 @@ def _last_row_alone(graph: gs.Graph, config: HSTUConfig, module: str) -> None:
 def _keys_and_values_alone(graph: gs.Graph, config: HSTUConfig, module: str) -> None:
     """The history's last projection gives k and v alone [B, L, H·(dqk + dv)]."""
     attention = selection.only(
-        selection.nodes_of(graph, f"{module}.candidate_attention", functions.CANDIDATES), f"one call in {module}"
+        selection.nodes_of(graph, f"{module}.candidate_attention", function_bodies.CANDIDATES), f"one call in {module}"
     )
     normed, weight = selection.producer(attention.inputs[0], "MatMul").inputs
     weight = _part(weight, "kv", _columns(config))
