@@ -40,12 +40,12 @@ $(STAMP): $(LOCK) pyproject.toml
 	$(PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet uv
 ifdef GPU
-	.venv/bin/uv pip install --quiet --no-deps -r $(LOCK)
+	.venv/bin/uv pip install --quiet --compile-bytecode --no-deps -r $(LOCK)
 else
 	@.venv/bin/python -m pip install --quiet --no-deps "$$(grep '^torch==' $(LOCK))" || { \
 	  echo "error: pip found no CPU build of torch ($$(grep '^torch==' $(LOCK)))" >&2; \
 	  echo "  fix:      set PIP_EXTRA_INDEX_URL to the CPU index that pytorch.org's installation page names" >&2; exit 3; }
-	grep -v '^torch==' $(LOCK) | .venv/bin/uv pip install --quiet --no-deps -r -
+	grep -v '^torch==' $(LOCK) | .venv/bin/uv pip install --quiet --compile-bytecode --no-deps -r -
 endif
 	.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@

@@ -30,7 +30,8 @@ from hstu.time_buckets import time_buckets
 WARM_UP = 0.05  # share of the steps in which the learning rate rises
 WEIGHT_DECAY = 0.01
 BETAS = (0.9, 0.98)
-TASK_WEIGHT = 0.5  # of the task loss beside the item loss
+TASK_WEIGHT = 2.0  # of the task loss beside the item loss, in the steps that have one
+TASK_EVERY = 2  # steps: the heads learn from fewer events than the embeddings need
 TASK_CANDIDATES = 12  # events of a window that stand as candidates in each step
 GRADIENT_NORM = 1.0
 
@@ -79,7 +80,7 @@ def train(
 ) -> HSTU:
     """A trained model in eval mode. outcomes: int8 [T, tasks] of the histories' events, -1 = not known.
 
-    Raises InputError when no history has two events: there is nothing to predict.
+    Raises InputError when no history has two events (there is nothing to predict), or when training diverges.
     """
     if not (histories.lengths >= 2).any():
         raise InputError("training: no history has two events, so no next item is known", fix="bring a larger log")
@@ -92,13 +93,20 @@ def train(
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, len(plan)))
         running = math.nan
         for step, windows in enumerate(plan, start=1):
-            loss = _loss(model, _batch(histories, outcomes, windows), training, rng)
+            with_tasks = bool(config.tasks) and step % TASK_EVERY == 0
+            loss = _loss(model, _batch(histories, outcomes, windows), training, rng, with_tasks=with_tasks)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
             optimizer.step()
             schedule.step()
             value = loss.item()
+            if not math.isfinite(value):
+                raise InputError(
+                    f"training: the loss is no number after step {step} of {len(plan)}",
+                    got=f"learning rate {training.learning_rate}, temperature {training.temperature}",
+                    fix="lower the learning rate",
+                )
             running = value if math.isnan(running) else 0.98 * running + 0.02 * value
             report(Progress(step=step, num_steps=len(plan), loss=running))
     model.eval().requires_grad_(False)
@@ -184,11 +192,11 @@ def _batch(histories: Histories, outcomes: Outcomes, windows: Int64s) -> _Batch:
     )
 
 
-def _loss(model: HSTU, batch: _Batch, training: Training, rng: np.random.Generator) -> Tensor:
+def _loss(model: HSTU, batch: _Batch, training: Training, rng: np.random.Generator, *, with_tasks: bool) -> Tensor:
     inside = batch.targets > 0
     states = _encode(model, batch.history, training.dropout)[inside]
     loss = _item_loss(model, states, batch.targets[inside], training, rng)
-    if model.config.tasks:
+    if with_tasks:
         loss = loss + TASK_WEIGHT * _task_loss(model, batch, rng)
     return loss
 

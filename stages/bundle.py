@@ -36,6 +36,7 @@ class BundleParams:
 
 def run(params: BundleParams, inputs: Mapping[str, Artifact], folder: Path) -> Outcome:
     """Write the bundle's files; see `serving.bundle` for the layout."""
+    from serving.vllm_plugin.server import write_server_settings
     from serving.vllm_plugin.tokenizer import write_tokenizer
     from stages.golden import write_golden
 
@@ -44,6 +45,7 @@ def run(params: BundleParams, inputs: Mapping[str, Artifact], folder: Path) -> O
         shutil.copyfile(checkpoint.file(name), folder / name)
     config = HSTUConfig.from_pretrained(folder)
     write_tokenizer(folder, config)
+    write_server_settings(folder)
     _copy(inputs["export-onnx"], folder / "onnx")
     engines = {}
     for name in params.engines:
@@ -118,9 +120,13 @@ Recommend from JSON lines (one `{{"user_id", "events": [{{"item_id", "timestamp"
 
     python cli.py recommend --bundle . --input examples.jsonl --k 10
 
-Serve with vLLM (the plugin comes with the package `hstu-compiler`):
+Serve with vLLM, from this folder (the plugin comes with the package `hstu-compiler`); ids are model ids:
 
-    {SERVE_COMMAND}
+    {SERVE}./vllm.yaml          # slates: POST /v1/completions
+    {SERVE}./vllm-pooling.yaml  # retrieval: POST /pooling
+
+    curl localhost:8000/pooling -d '{{"model": "hstu", "data": {{"items": [3, 5], "timestamps": [10, 20]}}}}' \\
+         -H 'Content-Type: application/json'
 
 Check that these are the bytes that were built, and that every engine still gives the golden answers:
 
@@ -129,7 +135,7 @@ Check that these are the bytes that were built, and that every engine still give
 
 
 NUM_EXAMPLES = 3
-SERVE_COMMAND = "python -m vllm.entrypoints.openai.api_server --model ."
+SERVE = "python -m vllm.entrypoints.openai.api_server --model . --config "
 
 STAGE = Stage(
     name="bundle",

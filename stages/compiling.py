@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hstu.artifact import Artifact
 from hstu.errors import GateError
 from stages.bundle import BundleParams
-from stages.contract import Workspace, execute, say
+from stages.contract import Stage, Workspace, execute, hold, say
 from stages.parameters import load_params
 from stages.pipeline import PIPELINE, stage
 
@@ -28,7 +28,11 @@ def compile_bundle(workspace: Workspace, *, until: str = "benchmark", strict: bo
 
     Raises GateError when the bundle's default engine is refused, or any engine is and `strict`.
     """
-    last = stage(until)
+    with hold(workspace.artifacts):
+        return _compile(workspace, stage(until), strict=strict)
+
+
+def _compile(workspace: Workspace, last: Stage, *, strict: bool) -> Compilation:
     bundle = load_params(BundleParams, workspace.values.get("bundle", {}), section="bundle")
     artifacts: dict[str, Artifact] = {}
     refused: dict[str, str] = {}

@@ -24,6 +24,7 @@ class Target:
     require: Callable[[], str]
     executed: bool  # False: engines are built here and run elsewhere
     native_bf16: bool  # False: bf16 graphs compute in float32 and round
+    around_int8: str  # what int8 leaves is in this type, unless build-engine.int8_around says otherwise
     builder: Product | None = None  # what compiles the ONNX files further
 
 
@@ -46,6 +47,7 @@ TARGETS = {
             require=lambda: tensorrt_builder.require_product(TENSORRT),
             executed=True,
             native_bf16=True,
+            around_int8="fp16",
             builder=TENSORRT,
         ),
         Target(
@@ -54,6 +56,7 @@ TARGETS = {
             require=_require_onnxruntime,
             executed=True,
             native_bf16=False,
+            around_int8="fp32",  # its CPU kernels have no other
         ),
         Target(
             backend="tensorrt-rtx",
@@ -61,6 +64,7 @@ TARGETS = {
             require=lambda: tensorrt_builder.require_product(TENSORRT_RTX),
             executed=False,
             native_bf16=True,
+            around_int8="fp16",
             builder=TENSORRT_RTX,
         ),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +28,7 @@ class PrepareDataParams:
     """Which log, how its columns are called, which rows count, what an outcome is, and who is held out."""
 
     source: Literal["reference", "jsonl", "csv", "parquet", "movielens"]
-    path: str | None
+    path: str | None = field(metadata={"path": True})
     reference_users: int
     reference_items: int
     reference_events_per_user: int

@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+MODEL, ENGINE, TIMING_CACHE = "model.onnx", "engine.bin", "timing.cache"  # in the folder it is started in
 _ADDR_NO_RANDOMIZE = 0x0040000  # linux/personality.h
 _FIXED = "HSTU_FIXED_ADDRESSES"
 
@@ -30,7 +31,7 @@ def fix_addresses() -> None:
 
 
 def build(request: dict[str, Any]) -> dict[str, Any]:
-    """Write the engine of `request["onnx"]` to `request["engine"]`; returns errors (none: it was built) and warnings.
+    """Write the engine of MODEL to ENGINE; returns errors (none: it was built) and warnings.
 
     Warnings are counted by kind: one that names a node or tensor stands for all of its kind.
 
@@ -48,18 +49,18 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     trt.init_libnvinfer_plugins(logger, "")
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(request["onnx"]):
+    if not parser.parse_from_file(MODEL):
         reasons = [_reason(parser.get_error(index)) for index in range(parser.num_errors)]
         return {"errors": reasons or logger.errors, "warnings": _by_kind(logger.warnings)}
     config = _config(trt, polygraphy, request, builder, network)
-    save = request["timing_cache"]
+    save = TIMING_CACHE if request["module"] == "tensorrt" else None  # TensorRT-RTX measures on the user's GPU
     try:
         data = polygraphy.EngineBytesFromNetwork(
             (builder, network, parser), lambda *_: config, save_timing_cache=save
         )()
     except import_module("polygraphy.exception").PolygraphyException as error:
         return {"errors": logger.errors or [str(error)], "warnings": _by_kind(logger.warnings)}
-    Path(request["engine"]).write_bytes(data)
+    Path(ENGINE).write_bytes(data)
     return {"errors": [], "warnings": _by_kind(logger.warnings)}
 
 
@@ -70,12 +71,11 @@ def _config(trt: Any, polygraphy: Any, request: dict[str, Any], builder: Any, ne
         profiles.append(polygraphy.Profile())
         for name, (low, typical, high) in shapes.items():
             profiles[-1].add(name, min=low, opt=typical, max=high)
-    cache = request["timing_cache"]
     options: dict[str, Any] = {
         "profiles": profiles,
         "memory_pool_limits": {trt.MemoryPoolType.WORKSPACE: request["workspace_mib"] * 2**20},
         "builder_optimization_level": request["optimization_level"],
-        "load_timing_cache": cache if cache is not None and Path(cache).is_file() else None,
+        "load_timing_cache": TIMING_CACHE if Path(TIMING_CACHE).is_file() else None,
     }
     if request["module"] == "tensorrt_rtx":
         create = import_module("polygraphy.backend.tensorrt_rtx").CreateConfigRTX(**options)

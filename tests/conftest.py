@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from kernels.cpu.library import build
+
 ORACLE = Path(__file__).parents[2] / "shared" / "oracle" / "ml-1m"
 
 
@@ -15,3 +17,9 @@ def oracle() -> Path:
     if not ORACLE.is_dir():
         pytest.skip("no oracle: Meta's own answers stand in ../shared/oracle, which this machine does not have")
     return ORACLE
+
+
+@pytest.fixture(scope="session")
+def library_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CPU kernels, compiled once a session."""
+    return build(tmp_path_factory.mktemp("kernels"))

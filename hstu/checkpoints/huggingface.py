@@ -29,6 +29,7 @@ def save_pretrained(model: HSTU, folder: Path) -> None:
     (folder / CONFIG).write_bytes(encode_json(model.config.to_pretrained()))
     weights = {name: value.detach().float().contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)  # save_file leaves it to its owner alone
 
 
 def load_pretrained(folder: Path) -> HSTU:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,9 +104,9 @@ class Histories:
     def load(cls, path: Path) -> Histories:
         """What `save` wrote; ArtifactError when it is not that."""
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                 return cls(**{name: arrays[name] for name in cls.__slots__})
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ArtifactError(f"{path}: not a histories file ({error})", fix="run its stage again") from None
 
 

@@ -46,18 +46,25 @@ struct Attention {
     }
     int64_t visible(int64_t b, int64_t i) const { return position(b, i) + (call.mode == hstu::kCandidates ? 0 : 1); }
 
-    // SiLU (or a copy) of n values as words; what is left of the last vector is zero.
+    // SiLU (or a copy) of n values as words; what is left of the last vector is zero. What lies `ahead` elements
+    // further, the row after next, is fetched meanwhile: rows are far apart, and no prefetcher follows that far.
     template <bool kSilu, class U>
-    static void words_of(const U* in, int64_t n, uint32_t* out) {
+    static void words_of(const U* in, int64_t n, int64_t ahead, uint32_t* out) {
         int64_t i = 0;
-        for (; i + kLanes <= n; i += kLanes) Words::store(out + i / kPack, activated<kSilu>(Simd::load(in + i)));
+        for (; i + kLanes <= n; i += kLanes) {
+            __builtin_prefetch(in + i + ahead);
+            Words::store(out + i / kPack, activated<kSilu>(Simd::load(in + i)));
+        }
         if (i < n) Words::store(out + i / kPack, activated<kSilu>(Simd::load(in + i, n - i)));
     }
 
     template <bool kSilu, class U>
-    static void floats_of(const U* in, int64_t n, float* out) {
+    static void floats_of(const U* in, int64_t n, int64_t ahead, float* out) {
         int64_t i = 0;
-        for (; i + kLanes <= n; i += kLanes) Simd::store(out + i, activated<kSilu>(Simd::load(in + i)));
+        for (; i + kLanes <= n; i += kLanes) {
+            __builtin_prefetch(in + i + ahead);
+            Simd::store(out + i, activated<kSilu>(Simd::load(in + i)));
+        }
         if (i < n) Simd::store(out + i, activated<kSilu>(Simd::load(in + i, n - i)));
     }
 
@@ -68,31 +75,35 @@ struct Attention {
 
     // All heads of one row of queries or keys as words [head][k_stride].
     template <bool kSilu, class U>
-    void heads_as_words(const U* in, uint32_t* out) const {
-        if (k_stride * kPack == dqk) return words_of<kSilu>(in, heads * dqk, out);
-        for (int64_t head = 0; head < heads; ++head) words_of<kSilu>(in + head * dqk, dqk, out + head * k_stride);
+    void heads_as_words(const Rows& rows, int64_t b, int64_t i, uint32_t* out) const {
+        const U* in = row<U>(rows, b, i);
+        const int64_t ahead = 2 * rows.row_stride;
+        if (k_stride * kPack == dqk) return words_of<kSilu>(in, heads * dqk, ahead, out);
+        for (int64_t head = 0; head < heads; ++head) words_of<kSilu>(in + head * dqk, dqk, ahead, out + head * k_stride);
     }
 
     // All heads of one row of values as floats, head h at out + h * stride.
     template <bool kSilu, class U>
-    void heads_as_floats(const U* in, float* out, int64_t stride) const {
-        for (int64_t head = 0; head < heads; ++head) floats_of<kSilu>(in + head * dv, dv, out + head * stride);
+    void heads_as_floats(const Rows& rows, int64_t b, int64_t i, float* out, int64_t stride) const {
+        const U* in = row<U>(rows, b, i);
+        const int64_t ahead = 2 * rows.row_stride;
+        for (int64_t head = 0; head < heads; ++head) floats_of<kSilu>(in + head * dv, dv, ahead, out + head * stride);
     }
 
     void key_row(int64_t b, int64_t t, uint32_t* k, float* v, int64_t v_stride) const {
         if (t >= prefix(b)) {
-            heads_as_words<true>(row<T>(call.k, b, t - prefix(b)), k);
-            heads_as_floats<true>(row<T>(call.v, b, t - prefix(b)), v, v_stride);
+            heads_as_words<true, T>(call.k, b, t - prefix(b), k);
+            heads_as_floats<true, T>(call.v, b, t - prefix(b), v, v_stride);
             return;
         }
         by_type(call.prefix_type, [&](auto type) {
             using U = typename decltype(type)::type;
             if (call.prefix_activated) {
-                heads_as_words<false>(row<U>(call.prefix_k, b, t), k);
-                heads_as_floats<false>(row<U>(call.prefix_v, b, t), v, v_stride);
+                heads_as_words<false, U>(call.prefix_k, b, t, k);
+                heads_as_floats<false, U>(call.prefix_v, b, t, v, v_stride);
             } else {
-                heads_as_words<true>(row<U>(call.prefix_k, b, t), k);
-                heads_as_floats<true>(row<U>(call.prefix_v, b, t), v, v_stride);
+                heads_as_words<true, U>(call.prefix_k, b, t, k);
+                heads_as_floats<true, U>(call.prefix_v, b, t, v, v_stride);
             }
         });
     }
@@ -211,7 +222,7 @@ struct Attention {
     }
 
     void activate_queries(int64_t b, int64_t first, int64_t count, uint32_t* q) const {
-        for (int64_t r = 0; r < count; ++r) heads_as_words<true>(row<T>(call.q, b, first + r), q + r * q_stride);
+        for (int64_t r = 0; r < count; ++r) heads_as_words<true, T>(call.q, b, first + r, q + r * q_stride);
     }
 
     int64_t own_bucket(int64_t b, int64_t i) const {
@@ -293,7 +304,10 @@ struct Attention {
             return Simd::mul(Simd::mul(Simd::sub(Simd::load(o + i), mean), scale), silu<Words::kFast>(gate));
         };
         if (whole) {
-            for (int64_t i = 0; i < o_stride; i += kLanes) Simd::store(out + i, value(i, Simd::load(u + i)));
+            for (int64_t i = 0; i < o_stride; i += kLanes) {
+                __builtin_prefetch(u + i + 2 * call.u.row_stride);
+                Simd::store(out + i, value(i, Simd::load(u + i)));
+            }
             return;
         }
         for (int64_t head = 0; head < heads; ++head)

@@ -7,6 +7,7 @@ The two products have the same interface here and nothing else in common: a `.pl
 from __future__ import annotations
 
 import importlib.util
+import threading
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -33,6 +34,7 @@ class TensorRTEngine:
         trt = _require(MODULES[spec.backend])
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._stream: Any = torch.cuda.Stream(self._device)
+        self._lock = threading.Lock()  # a context serves one request at a time
         self._logger = _collecting_logger(trt)
         self._runtime = trt.Runtime(self._logger)
         missing = sorted(set(entry_names(self.config)) - set(spec.entries))
@@ -49,7 +51,7 @@ class TensorRTEngine:
         if entry not in self._contexts:
             raise InputError(f"this engine has no {entry!r} entry", expected=", ".join(self._contexts))
         engine, context = self._engines[entry], self._contexts[entry]
-        with torch.cuda.stream(self._stream):
+        with self._lock, torch.cuda.stream(self._stream):
             inputs = {name: torch.as_tensor(value).to(self._device) for name, value in feeds.items()}
             for name, tensor in inputs.items():
                 _check_profile(engine, name, tuple(tensor.shape))
@@ -58,8 +60,7 @@ class TensorRTEngine:
             outputs = self._outputs(entry, context)
             if not context.execute_async_v3(self._stream.cuda_stream):
                 raise ArtifactError(f"{entry}: the engine did not run", got="; ".join(self._logger.errors))
-        self._stream.synchronize()
-        return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
+            return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}  # waits for the stream
 
     def close(self) -> None:
         """Release device memory; the engine must not be used after."""

@@ -21,6 +21,7 @@ from stages.measure.runtimes import ModelFiles
 FOLDER = ".cases"  # below the artifacts: compiled once, kept until what compiles them changes
 SEED = 20
 LOG_USERS, LOG_ITEMS = 100, 100  # the checkpoint stage wants a prepared log; a random model has no use for it
+CALIBRATION, EVALUATION = 64, 96  # drawn histories: these models are large, and a gate runs each one through eager
 
 
 def bundle_files(bundle: Path) -> ModelFiles:
@@ -74,7 +75,13 @@ def _compile(
         "reference_users": LOG_USERS,
         "reference_items": LOG_ITEMS,
     }
-    values["checkpoint"] |= {"source": "huggingface", "path": str(weights), "event_log": "none"}
+    values["checkpoint"] |= {
+        "source": "huggingface",
+        "path": str(weights),
+        "event_log": "none",
+        "calibration_histories": CALIBRATION,
+        "evaluation_histories": EVALUATION,
+    }
     values["build-engine"] = {}
     workspace = Workspace(artifacts=folder, reports=folder / "reports", values=values)
     for name in ("prepare-data", "checkpoint", "export-onnx", "surgery"):

@@ -103,7 +103,7 @@ def observe(
     model = onnx.load(path, load_external_data=False)
     present = {output.name for output in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in present)
-    options = session_options(threads=0)
+    options = session_options(threads=1)  # the same sums, so the same scales, on any number of cores
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[PROVIDER])
     halves: tuple[dict[str, Histogram], ...] = tuple({name: Histogram() for name in tensors} for _ in range(2))

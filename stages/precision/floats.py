@@ -13,18 +13,25 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from stages.onnx_files import scope
-from stages.precision.linears import find_linears, matches
+from stages.precision.linears import Linear, matches
 from stages.precision.regions import lower
 
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
-def lower_floats(model: ir.Model, dtype: ir.DataType, *, keep_wide: Sequence[str]) -> dict[str, str]:
-    """The model computes in `dtype` wherever that is safe; returns the type of each linear, by name."""
-    linears = find_linears(model)
-    head = [linear for linear in linears if linear.role == "item_head"]
-    low = [linear for linear in linears if linear not in head and not matches(linear, keep_wide)]
-    nodes, heads = {linear.node for linear in low}, {linear.node for linear in head}
+def lower_floats(
+    model: ir.Model, dtype: ir.DataType, linears: Sequence[Linear], *, keep_wide: Sequence[str]
+) -> dict[str, str]:
+    """The model computes in `dtype` wherever that is safe; returns the type of each linear, by name.
+
+    `linears` are those of the model, found before any was quantised: a quantised one takes its int8 operands
+    as before, dequantised to `dtype`, and gives its result in it.
+    """
+    low = [linear for linear in linears if linear.role != "item_head" and not matches(linear, keep_wide)]
+    nodes = {linear.node for linear in low}
+    heads = {linear.node for linear in linears if linear.role == "item_head"}
+    operands = {value.producer() for node in nodes for value in node.inputs if value is not None}
+    nodes |= {node for node in operands if node is not None and node.op_type == "DequantizeLinear"}
     lower(
         model,
         dtype,

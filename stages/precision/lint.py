@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from hstu.errors import CompilerError
+from hstu.errors import GateError
 from stages.passes.lint import Finding
 from stages.precision.regions import Body, infer_types
 
@@ -29,7 +29,7 @@ def lint_precision(model: onnx.ModelProto) -> list[Finding]:
     graph = ir.from_proto(model)
     try:
         infer_types(graph)
-    except (onnx.shape_inference.InferenceError, CompilerError) as error:
+    except (onnx.shape_inference.InferenceError, GateError) as error:
         return [Finding(rule="types", where="model", message=str(error))]
     found = [*_runtime_only(graph), *_quantizers(graph), *_dequantizers(graph)]
     for where, body in (("graph", graph.graph), *((f"function {f.name}", f) for f in graph.functions.values())):

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from hstu.config import HSTUConfig
 from hstu.data.histories import Histories
-from hstu.errors import GateError
+from hstu.errors import GateError, ParameterError
 from hstu.signature import EntryName
 from serving.engine import Array
 from stages.golden import spread_candidates
@@ -33,13 +33,22 @@ WIDE = {  # what no precision lowers
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """What a user chooses; `*_keep_wide` names roles (output) or modules (layers.3.output)."""
+    """What a user chooses; `*_keep_wide` names roles (output) or modules (layers.3.output).
+
+    `around` is the type of what int8 leaves: fp32, fp16 or bf16. The other precisions do not look at it.
+    """
 
     precision: str
+    around: str
     float_keep_wide: tuple[str, ...]
     int8_keep_wide: tuple[str, ...]
     method: calibration.Method
     percentile: float
+
+    @property
+    def floats(self) -> str:
+        """The type of what is not int8: fp32, fp16 or bf16."""
+        return self.around if self.precision == "int8" else self.precision
 
 
 def lower_entry(
@@ -47,34 +56,35 @@ def lower_entry(
 ) -> tuple[ir.Model, dict[str, Any]]:
     """The model of an entry of the surgery artifact at the recipe's precision, and what was done to it.
 
-    With `emulated` a bf16 model computes in float32 and rounds where bf16 would. Raises ParameterError when
+    With `emulated` what is bf16 computes in float32 and rounds where bf16 would. Raises ParameterError when
     `keep_wide` names what the model does not have, GateError when the result breaks a rule of TensorRT's.
     """
     model = ir.load(folder / f"{name}.onnx")
-    if recipe.precision == "fp32":
-        return model, {"linears": {linear.name: "float32" for linear in find_linears(model)}, "attention": "float32"}
     linears = find_linears(model)
+    types = {linear.name: "float32" for linear in linears}
+    facts: dict[str, Any] = {"linears": types, "attention": "float32", "tables": "float32"}
+    narrow: list[Linear] = []
     if recipe.precision == "int8":
         require_known(recipe.int8_keep_wide, linears, parameter="build-engine.int8_keep_wide")
-        narrow = [x for x in linears if x.role != "item_head" and not matches(x, recipe.int8_keep_wide)]
-        if name == "extend":
-            scales = _scales_of_retrieve(folder, config, recipe, histories, narrow)
-        else:
-            scales = _scales(folder, name, config, recipe, histories, {x.name: x.input.name or "" for x in narrow})
+        narrow = narrow_linears(model, recipe)
+        if not narrow:
+            raise ParameterError(
+                "build-engine.int8_keep_wide: nothing is left for int8",
+                got=list(recipe.int8_keep_wide),
+                expected="fewer names",
+                fix="build --precision fp32 instead",
+            )
+        scales = activation_scales(folder, name, config, recipe, histories, narrow)
         int8.quantize(model, narrow, scales)
-        types = {x.name: "int8" if x in narrow else "float32" for x in linears}
-        facts: dict[str, Any] = {
-            "linears": types,
-            "attention": "float32",
-            "scales": {linear: asdict(scale) for linear, scale in scales.items()},
-        }
-    else:
+        facts["scales"] = {linear: asdict(scale) for linear, scale in scales.items()}
+    if recipe.floats != "fp32":
         require_known(recipe.float_keep_wide, linears, parameter="build-engine.float_keep_wide")
-        dtype = floats.DTYPES[recipe.precision]
-        types = floats.lower_floats(model, dtype, keep_wide=recipe.float_keep_wide)
-        facts = {"linears": types, "attention": dtype.name.lower(), "tables": dtype.name.lower()}
+        dtype = floats.DTYPES[recipe.floats]
+        types |= floats.lower_floats(model, dtype, linears, keep_wide=recipe.float_keep_wide)
+        facts["attention"] = facts["tables"] = dtype.name.lower()
+    types |= {linear.name: "int8" for linear in narrow}
     _require_legal(name, recipe.precision, model)
-    if emulated and recipe.precision == "bf16":
+    if emulated and recipe.floats == "bf16":
         emulate(model, ir.DataType.BFLOAT16)
         facts["emulated"] = "weights are stored in bfloat16, results rounded to it, sums and products are float32"
     return model, facts
@@ -88,10 +98,24 @@ def write_models(models: dict[EntryName, ir.Model], folder: Path) -> None:
             write_model(ir.to_proto(model), folder, name, writer)
 
 
-def _scales(
-    folder: Path, name: EntryName, config: HSTUConfig, recipe: Recipe, histories: Histories, tensors: dict[str, str]
+def narrow_linears(model: ir.Model, recipe: Recipe) -> list[Linear]:
+    """The linears that the recipe makes int8; the item head, which decides ranks, never is."""
+    return [x for x in find_linears(model) if x.role != "item_head" and not matches(x, recipe.int8_keep_wide)]
+
+
+def activation_scales(
+    folder: Path, name: EntryName, config: HSTUConfig, recipe: Recipe, histories: Histories, narrow: Sequence[Linear]
 ) -> dict[str, calibration.Scale]:
-    """The scale of every narrow linear's input, by linear name."""
+    """The scale of every narrow linear's input, by linear name, from the fp32 graph of the surgery artifact.
+
+    `extend` takes those that the same weights have in `retrieve`: a returning user gets that entry's answers.
+    """
+    if name == "extend":
+        all_of_retrieve = {x.weight.name: x for x in find_linears(ir.load(folder / "retrieve.onnx"))}
+        same = {linear.name: all_of_retrieve[linear.weight.name] for linear in narrow}
+        found = activation_scales(folder, "retrieve", config, recipe, histories, list(same.values()))
+        return {linear: found[other.name] for linear, other in same.items()}
+    tensors = {linear.name: linear.input.name or "" for linear in narrow}
 
     def batches() -> Sequence[dict[str, Array]]:
         rows = [histories.select([row]).newest(config.max_history) for row in range(len(histories))]
@@ -107,16 +131,6 @@ def _scales(
         for tensor in observed
     }
     return {linear: scales[tensor] for linear, tensor in tensors.items()}
-
-
-def _scales_of_retrieve(
-    folder: Path, config: HSTUConfig, recipe: Recipe, histories: Histories, narrow: Sequence[Linear]
-) -> dict[str, calibration.Scale]:
-    """The scales that the same linears have in `retrieve`, by name: a returning user gets that entry's answers."""
-    linears = {linear.weight.name: linear for linear in find_linears(ir.load(folder / "retrieve.onnx"))}
-    same = {linear.name: linears[linear.weight.name] for linear in narrow}
-    found = _scales(folder, "retrieve", config, recipe, histories, {x.name: x.input.name or "" for x in same.values()})
-    return {name: found[linear.name] for name, linear in same.items()}
 
 
 def _require_legal(name: EntryName, precision: str, model: ir.Model) -> None:

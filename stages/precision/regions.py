@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from hstu.errors import CompilerError
+from hstu.errors import GateError
 
 # Operators that move values and never change them: they take the type of what they move.
 MOVES = frozenset(
@@ -48,11 +48,11 @@ def drop_unused(graph: ir.Graph) -> None:
 
 
 def convert(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str) -> ir.TensorProtocol:
-    """The tensor's values rounded to `dtype` (to nearest even); CompilerError when one does not fit."""
+    """The tensor's values rounded to `dtype` (to nearest even); GateError when one does not fit."""
     with np.errstate(over="ignore"):  # found out below, by name
         values = tensor.numpy().astype(dtype.numpy())
     if not np.isfinite(values.astype(np.float32)).all():
-        raise CompilerError(f"weight {name!r} does not fit {dtype.name}", fix="use bf16 or fp32 for this checkpoint")
+        raise GateError(f"weight {name!r} does not fit {dtype.name}", fix="use bf16 or fp32 for this checkpoint")
     return ir.Tensor(values, dtype=dtype, name=name)
 
 
@@ -143,7 +143,7 @@ def _producer(value: ir.Value) -> ir.Node:
 
 
 def infer_types(model: ir.Model) -> None:
-    """Every value of the main graph and of the functions it calls has its type; CompilerError names one that has not.
+    """Every value of the main graph and of the functions it calls has its type; GateError names one that has not.
 
     A function is typed by its calls: all of them must pass the same types.
     """
@@ -157,7 +157,7 @@ def infer_types(model: ir.Model) -> None:
         calls = [node for node in model.graph if node.op_identifier() == identifier]
         passed = {tuple(None if v is None else v.dtype for v in node.inputs) for node in calls}
         if len(passed) != 1:
-            raise CompilerError(f"function {identifier} is called with different types", got=sorted(map(str, passed)))
+            raise GateError(f"function {identifier} is called with different types", got=sorted(map(str, passed)))
         _set_types(function, _inferred_body(function, calls[0], passed.pop()))
 
 
@@ -192,4 +192,4 @@ def _set_types(body: Body, inferred: onnx.GraphProto) -> None:
         if types.get(value.name or ""):
             value.dtype = ir.DataType(types[value.name or ""])
         elif value.dtype is None:
-            raise CompilerError(f"no type is known for {value.name!r}", got=str(value.producer()))
+            raise GateError(f"no type is known for {value.name!r}", got=str(value.producer()))

@@ -109,6 +109,12 @@ def test_nothing_to_predict(lengths: list[int]) -> None:
         train(TINY, histories, np.zeros((sum(lengths), 3), dtype=np.int8), SETTINGS)
 
 
+def test_a_training_that_diverges_is_told() -> None:
+    histories, outcomes = walks(60, seed=0)
+    with pytest.raises(InputError, match=r"(?s)the loss is no number.*lower the learning rate"):
+        train(CONFIG, histories, outcomes, replace(SETTINGS, learning_rate=1e30, epochs=3))
+
+
 def test_windows_cover_every_event_once_or_more_and_never_two_users() -> None:
     histories = random_histories(lengths=[2, 0, 1, 12, 13, 14, 26, 150, 3])
     owner = np.repeat(np.arange(len(histories)), histories.lengths)

@@ -7,15 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kernels.cpu.library import Isa, Library, build
+from kernels.cpu.library import Isa, Library
 from kernels.cpu.load import load
 
 ISAS: tuple[Isa, ...] = ("avx2", "avx512", "avx512_bf16")
-
-
-@pytest.fixture(scope="session")
-def library_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(scope="session")

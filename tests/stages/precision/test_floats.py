@@ -7,11 +7,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from hstu.errors import CompilerError, ParameterError
+from hstu.errors import GateError, ParameterError
+from stages.precision.calibration import Scale
 from stages.precision.emulation import emulate
 from stages.precision.floats import lower_floats
-from stages.precision.lint import lint_precision
+from stages.precision.int8 import quantize
 from stages.precision.linears import find_linears, require_known
+from stages.precision.lint import lint_precision
 from tests.stages.precision.graphs import ops, run, small_feeds, small_model
 
 
@@ -23,7 +25,7 @@ def types(model: ir.Model) -> dict[str, str]:
 @pytest.mark.parametrize("dtype", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
 def test_casts_stand_exactly_at_the_borders(dtype: ir.DataType) -> None:
     model = small_model()
-    assert lower_floats(model, dtype, keep_wide=()) == {
+    assert lower_floats(model, dtype, find_linears(model), keep_wide=()) == {
         "layers.0.uvqk": dtype.name.lower(),
         "layers.0.output": dtype.name.lower(),
     }
@@ -47,7 +49,7 @@ def test_fp16_is_near_and_wide_linears_stay() -> None:
     errors = {}
     for wide in ((), ("output",), ("layers.0.uvqk",)):
         model = small_model()
-        found = lower_floats(model, ir.DataType.FLOAT16, keep_wide=wide)
+        found = lower_floats(model, ir.DataType.FLOAT16, find_linears(model), keep_wide=wide)
         assert [name for name, kind in found.items() if kind == "float32"] == [
             linear.name for linear in find_linears(model) if linear.role in wide or linear.module in wide
         ]
@@ -58,7 +60,7 @@ def test_fp16_is_near_and_wide_linears_stay() -> None:
 def test_emulated_bf16_rounds_as_bf16_would() -> None:
     feeds = small_feeds()
     model = small_model()
-    lower_floats(model, ir.DataType.BFLOAT16, keep_wide=())
+    lower_floats(model, ir.DataType.BFLOAT16, find_linears(model), keep_wide=())
     emulate(model, ir.DataType.BFLOAT16)
     assert all(value.dtype == ir.DataType.BFLOAT16 for name, value in model.graph.initializers.items() if "_bf" in name)
 
@@ -79,13 +81,31 @@ def test_emulated_bf16_rounds_as_bf16_would() -> None:
     assert np.abs(got - run(small_model(), feeds)).max() > 1e-3  # it did round
 
 
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
+def test_int8_linears_give_the_type_around_them(dtype: ir.DataType) -> None:
+    model = small_model()
+    linears = find_linears(model)
+    quantize(model, linears[:1], {"layers.0.uvqk": Scale(scale=0.03, held_out_clipped=0.0, held_out_error=0.0)})
+    found = lower_floats(model, dtype, linears, keep_wide=())
+    assert set(found) == {"layers.0.uvqk", "layers.0.output"}
+    assert not lint_precision(ir.to_proto(model))
+    assert types(model)["h"] == types(model)["product"] == dtype.name
+    assert types(model)["normed_dequantized"] == types(model)["w1_dequantized"] == dtype.name
+    stored = {name: value.dtype for name, value in model.graph.initializers.items()}
+    assert stored["w1_int8"] == ir.DataType.INT8
+    assert stored["normed_scale"] == ir.DataType.FLOAT  # QuantizeLinear reads float32
+    if dtype == ir.DataType.FLOAT16:
+        expected = run(small_model(), small_feeds())
+        assert np.abs(run(model, small_feeds()) - expected).max() < 0.05 * np.abs(expected).max()
+
+
 def test_a_weight_that_does_not_fit_is_named() -> None:
     model = small_model()
     weight = model.graph.initializers["w2"]
     assert weight.const_value is not None
     weight.const_value = ir.tensor(weight.const_value.numpy() * 1e6, name="w2")
-    with pytest.raises(CompilerError, match="w2"):
-        lower_floats(model, ir.DataType.FLOAT16, keep_wide=())
+    with pytest.raises(GateError, match="w2"):
+        lower_floats(model, ir.DataType.FLOAT16, find_linears(model), keep_wide=())
 
 
 def test_unknown_names_list_the_known_ones() -> None:

@@ -73,14 +73,18 @@ def mixed_types(model: onnx.ModelProto) -> None:
 def mixed_types_in_a_function(model: onnx.ModelProto) -> None:
     body = model.functions[0].node
     add = next(n for n in body if n.op_type == "Add")
-    cast = onnx.helper.make_node("Cast", [add.input[1]], ["Gate_half"], name="Gate_half/Cast", to=onnx.TensorProto.FLOAT16)
+    cast = onnx.helper.make_node(
+        "Cast", [add.input[1]], ["Gate_half"], name="Gate_half/Cast", to=onnx.TensorProto.FLOAT16
+    )
     add.input[1] = "Gate_half"
     body.insert(list(body).index(add), cast)
 
 
 def scale_from_the_batch(model: onnx.ModelProto) -> None:
     quantize = node(model, "QuantizeLinear")
-    dynamic = onnx.helper.make_node("DynamicQuantizeLinear", [quantize.input[0]], ["dq_y", "dq_s", "dq_z"], name="dynamic")
+    dynamic = onnx.helper.make_node(
+        "DynamicQuantizeLinear", [quantize.input[0]], ["dq_y", "dq_s", "dq_z"], name="dynamic"
+    )
     model.graph.node.insert(list(model.graph.node).index(quantize), dynamic)
     quantize.input[1] = "dq_s"
 

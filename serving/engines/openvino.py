@@ -1,0 +1,105 @@
+"""OpenVINO on the CPU with the fused attention kernel: the fast engine of machines without a GPU."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import openvino
+
+from hstu.config import HSTUConfig
+from hstu.errors import ArtifactError, InputError, MissingBackendError
+from hstu.signature import EntryName, entry, entry_names
+from hstu.time_buckets import THRESHOLDS
+from kernels.cpu.library import LIBRARY, KernelError, Library
+from kernels.cpu.load import load
+from kernels.hstu_attention.cpu import time_buckets
+from serving.engine import Array, EngineSpec
+from serving.engines.openvino_graph import read_model
+from serving.time_features import NAMES, time_features
+
+_EDGES = np.array([0, *THRESHOLDS, 2**63 - 1], dtype=np.int64)
+
+
+class OpenVinoEngine:
+    """One compiled model per entry; all of them, and the attention kernel, share OpenVINO's one pool of threads."""
+
+    backend = "openvino"
+
+    def __init__(self, folder: Path, spec: EngineSpec, *, threads: int | None = None) -> None:
+        self.precision = spec.precision
+        self.config = HSTUConfig.from_pretrained(folder)
+        missing = sorted(set(entry_names(self.config)) - set(spec.entries))
+        if missing:
+            raise ArtifactError(
+                f"{folder}: engine.json lacks entries of this model", got=sorted(spec.entries), expected=missing
+            )
+        self._library = _open_library(folder)
+        self._lock = threading.Lock()  # one request uses all threads; another waits
+        self.compiled: dict[str, openvino.CompiledModel] = {}
+        self._requests: dict[str, openvino.InferRequest] = {}
+        self._inputs: dict[str, list[str]] = {}
+        core = openvino.Core()
+        for name, file in spec.entries.items():
+            model = read_model(folder / file, spec.precision, self._library)
+            compiled = core.compile_model(model, "CPU", properties(threads or len(os.sched_getaffinity(0))))
+            self.compiled[name] = compiled
+            self._inputs[name] = [port.any_name for port in compiled.inputs]
+            self._requests[name] = compiled.create_infer_request()
+        self._outputs = {name: [o.name for o in entry(self.config, name).outputs] for name in entry_names(self.config)}
+
+    def run(self, entry: EntryName, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The entry's outputs by name. Feeds must have passed `check_feeds`."""
+        if entry not in self._requests:
+            raise InputError(
+                f"this engine has no {entry!r} entry", expected=", ".join(self._requests) or "an open engine"
+            )
+        names = self._inputs[entry]
+        features = time_features(self.config, feeds, frozenset(names) & frozenset(NAMES), self._buckets)
+        inputs = {name: np.ascontiguousarray(features[name] if name in features else feeds[name]) for name in names}
+        with self._lock:
+            request = self._requests[entry]
+            request.infer(inputs, share_inputs=True)
+            return {name: request.get_tensor(name).data.copy() for name in self._outputs[entry]}
+
+    def close(self) -> None:
+        """Release memory and threads; the engine must not be used after."""
+        self._requests.clear()
+        self.compiled.clear()
+
+    def _buckets(self, start: Array, end: Array, causal: bool) -> Array:
+        return time_buckets(self._library, start, end, _EDGES, causal=causal, threaded=False)
+
+
+def properties(threads: int) -> dict[str, object]:
+    """What every compiled model of ours is compiled with: one stream, the types that the graph says, no guessing."""
+    return {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": threads,
+        "ENABLE_CPU_PINNING": False,  # the server decides where threads run
+        "INFERENCE_PRECISION_HINT": "f32",  # narrower types stand in the graph
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # scales that depend on the batch would make answers depend on it
+    }
+
+
+def _open_library(folder: Path) -> Library:
+    path = folder / LIBRARY
+    if not path.is_file():
+        raise ArtifactError(
+            f"{folder}: the attention kernel is missing", expected=LIBRARY, fix="run build-engine again"
+        )
+    try:
+        return load(path)
+    except KernelError as error:
+        raise MissingBackendError(
+            f"{path}: the attention kernel cannot be used here", got=str(error), fix="use the onnxruntime engine"
+        ) from None
+
+
+def open_engine(folder: Path, spec: EngineSpec, *, threads: int | None = None) -> OpenVinoEngine:
+    """The engine of a folder, ready to run on `threads` threads (default: one per core)."""
+    return OpenVinoEngine(folder, spec, threads=threads)

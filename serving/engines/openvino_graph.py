@@ -1,0 +1,278 @@
+"""A compiled model's ONNX file as an OpenVINO model, with our kernels where they are faster.
+
+The file is the one every backend gets. What is changed while it is read:
+
+- a call of a function of the domain `hstu` becomes an operation that calls the fused attention kernel;
+- what the graph computes of timestamps is replaced by inputs (`serving.time_features`): OpenVINO's CPU plugin
+  keeps int64 in int32, which times and the edges of their buckets do not fit;
+- scores of all items and their top K become one operation that gives the same K (`kernels.item_head`);
+- in bf16 and int8 engines, what stands between the quantised products (attention, and W_o where it is left in
+  float32) multiplies in bfloat16, where the CPU does;
+- an int8 W_o reads rows that the attention kernel has quantised, each by its own scale, in place of one scale for
+  all rows: no row depends on another, and nothing is clipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+from openvino import Dimension, PartialShape, Type, opset13
+from openvino.frontend.onnx import ConversionExtension
+
+from hstu.errors import ArtifactError
+from kernels.cpu.library import Array, Library
+from kernels.hstu_attention.cpu import Attention, Shape
+from kernels.item_head.cpu import ItemHead
+from serving import time_features
+from serving.engines.openvino_ops import ATTENTION, AttentionCall, HeadCall, ItemHeadOp
+
+_TIMES = ("timestamps", "query_time")
+_TYPES = {time_features.HISTORY_BUCKETS: Type.u8, time_features.QUERY_BUCKETS: Type.u8}
+_CALL = "hstu_call"  # the rt_info under which an operation's number in `_Reader.calls` stands
+
+
+def read_model(path: Path, precision: str, library: Library) -> openvino.Model:
+    """The model of an .onnx file, as described above.
+
+    Raises ArtifactError when the file cannot be read or its graph is not one that surgery writes.
+    """
+    reader = _Reader(path, precision, library)
+    core = openvino.Core()
+    for function in ATTENTION:
+        core.add_extension(ConversionExtension(function, "hstu", reader.convert))
+    try:
+        model = core.read_model(path)
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"{path}: OpenVINO {openvino.__version__} cannot read it",
+            got=str(error)[:2000],
+            fix="run build-engine again",
+        ) from None
+    reader.replace_times(model)
+    reader.narrow_outputs(model)
+    reader.replace_item_head(model)
+    model.add_parameters([reader.features[name] for name in time_features.NAMES if name in reader.features])
+    model.validate_nodes_and_infer_types()
+    reader.require_no_times(model)
+    return model
+
+
+class _Reader:
+    """What is found while one file is read: the features that its operations need, and their calls."""
+
+    def __init__(self, path: Path, precision: str, library: Library) -> None:
+        self._path, self._library = path, library
+        # With bf16 products in the CPU, everything that a narrow engine leaves in float32 around them is bf16.
+        self._bf16 = precision in ("bf16", "int8") and library.isa == "avx512_bf16"
+        self.features: dict[str, Any] = {}
+        self.calls: list[AttentionCall] = []
+
+    def convert(self, node: Any) -> list[Any]:
+        """The operation that stands for a call of an attention function."""
+        function = node.get_op_type("")
+        operation = ATTENTION[function]
+        inputs = [node.get_input(index) for index in range(node.get_input_size())]
+        tables = [self._table(value) for value in inputs[-2:]]
+        inputs = inputs[:-2]
+        given = inputs[operation.rows_inputs[0]].get_element_type()
+        if given not in (Type.f32, Type.bf16):
+            raise ArtifactError(
+                f"{self._path}: attention in {given.to_string()}", expected="fp32, bf16 or int8 engines"
+            )
+        output = None
+        if self._bf16:
+            output = Type.bf16
+            for index in operation.rows_inputs:  # the kernel rounds what it reads: a cast before it saves nothing
+                inputs[index] = _without_casts(inputs[index])
+        shape = Shape(
+            heads=node.get_attribute("num_heads"),
+            **{name: node.get_attribute(name) for name in ("qk_dim", "v_dim", "max_length", "epsilon")},
+            position_bias=tables[0],
+            time_bias=tables[1],
+            bf16=self._bf16 or given == Type.bf16,
+        )
+        offsets = {}
+        if function == "HSTUCandidateAttention":
+            offsets = {name: node.get_attribute(name) for name in ("v_offset", "k_offset")}
+        call = AttentionCall(kernel=Attention(self._library, shape), output=output, **offsets)
+        made = operation(inputs, call)
+        made.get_rt_info()[_CALL] = str(len(self.calls))
+        self.calls.append(call)
+        if output is not None and given != output:
+            return [opset13.convert(made.output(0), given).output(0)]
+        return [made.output(0)]
+
+    def replace_times(self, model: openvino.Model) -> None:
+        """Buckets of attention and rows of the gap table are inputs, no longer computed from times."""
+        for node in model.get_ordered_ops():
+            operation = ATTENTION.get(node.get_type_name())
+            if operation is not None:
+                feature = self._feature(operation.buckets_feature, 3)
+                node.input(operation.buckets_input).replace_source_output(feature)
+            elif node.get_type_name() == "Gather" and _constant_name(node.input_value(0)).startswith("gap_embedding."):
+                of_candidates = "candidate_ids" in _ancestors(node.input_value(1).get_node())
+                name = time_features.CANDIDATE_GAP_ROWS if of_candidates else time_features.GAP_ROWS
+                node.input(1).replace_source_output(self._feature(name, 2))
+
+    def narrow_outputs(self, model: openvino.Model) -> None:
+        """W_o, the product of what attention gives, is bf16 or int8 as the engine is."""
+        for node in model.get_ordered_ops():
+            if node.get_type_name() != "MatMul":
+                continue
+            value, passed = _source(node.input_value(0))
+            attention = value.get_node()
+            if attention.get_type_name() not in ATTENTION:
+                continue
+            if "FakeQuantize" in passed:
+                self._quantize_rows(node, attention)
+            elif self._bf16 and "Convert" in passed:
+                weight = opset13.convert(node.input_value(1), Type.bf16)
+                product = opset13.matmul(value, weight, False, False)
+                _replace(node.output(0), opset13.convert(product, Type.f32).output(0), node.get_friendly_name())
+
+    def _quantize_rows(self, node: Any, attention: Any) -> None:
+        """The product reads int8 rows from attention itself; its result is multiplied by the rows' scales."""
+        call = self.calls[int(attention.get_rt_info()[_CALL].value)]
+        quantized = AttentionCall(
+            kernel=call.kernel, output=Type.i8, v_offset=call.v_offset, k_offset=call.k_offset
+        )  # fmt: skip
+        made = ATTENTION[attention.get_type_name()](attention.input_values(), quantized)
+        made.set_friendly_name(attention.get_friendly_name())
+        # OpenVINO multiplies in int8 what a cast and a constant scale make of int8 (a scale of 1 it would drop).
+        rows = opset13.multiply(opset13.convert(made.output(0), Type.f32), np.float32(1 / 128))
+        product = opset13.matmul(rows, node.input_value(1), False, False)
+        scaled = opset13.multiply(product, opset13.multiply(made.output(1), np.float32(128)))
+        _replace(node.output(0), scaled.output(0), node.get_friendly_name())
+
+    def replace_item_head(self, model: openvino.Model) -> None:
+        """The exact top K comes from the kernel, where the graph scores with the item table itself."""
+        for node in model.get_ordered_ops():
+            if node.get_type_name() != "TopK":
+                continue
+            found = _item_head(node)
+            if found is None:
+                continue
+            embedding, table, factors = found
+            head = HeadCall(
+                kernel=ItemHead(self._library, table, factors),
+                results=node.output(0).get_partial_shape()[1].get_length(),
+            )
+            made = ItemHeadOp([embedding], head)
+            made.set_friendly_name(node.get_friendly_name())
+            _replace(node.output(0), made.output(0), node.get_friendly_name())
+            index_type = node.output(1).get_element_type()
+            _replace(node.output(1), opset13.convert(made.output(1), index_type).output(0), "")
+
+    def require_no_times(self, model: openvino.Model) -> None:
+        """No value that the answers depend on comes from timestamps; ArtifactError names one that does."""
+        alive = {node.get_friendly_name() for node in model.get_ordered_ops()}
+        for parameter in model.get_parameters():
+            if parameter.get_friendly_name() not in _TIMES:
+                continue
+            readers = [reader.get_node() for reader in parameter.output(0).get_target_inputs()]
+            wrong = [
+                reader.get_friendly_name()
+                for reader in readers
+                if reader.get_type_name() != "ShapeOf" and reader.get_friendly_name() in alive
+            ]
+            if wrong:
+                raise ArtifactError(
+                    f"{self._path}: OpenVINO would compute with {parameter.get_friendly_name()} in int32",
+                    got=f"read by {', '.join(wrong)}",
+                    expected="times read by attention and the gap table alone, as surgery leaves them",
+                    fix="run surgery with attention_function, then build-engine again",
+                )
+
+    def _feature(self, name: str, rank: int) -> Any:
+        if name not in self.features:
+            parameter = opset13.parameter(PartialShape([Dimension()] * rank), _TYPES.get(name, Type.i32), name)
+            parameter.output(0).get_tensor().set_names({name})
+            self.features[name] = parameter
+        return self.features[name].output(0)
+
+    def _table(self, value: Any) -> Array:
+        """A bias table as float32, whatever type the file stores it in."""
+        node = _without_casts(value).get_node()
+        if node.get_type_name() != "Constant":
+            raise ArtifactError(f"{self._path}: a bias table is computed, not stored", got=node.get_friendly_name())
+        data = _data(node)
+        if data.dtype == np.uint16:
+            return (data.astype(np.uint32) << 16).view(np.float32)
+        return np.ascontiguousarray(data, dtype=np.float32)
+
+
+def _item_head(top_k: Any) -> tuple[Any, Array, Array] | None:
+    """(user embedding, table [V, D], factors [V]) of TopK((user · tableᵀ without row 0) · factors), if that it is."""
+    scores = top_k.input_value(0).get_node()
+    if scores.get_type_name() != "Multiply" or scores.input_value(1).get_node().get_type_name() != "Constant":
+        return None
+    factors = _data(scores.input_value(1).get_node())
+    products = next((node for node in _chain(scores) if node.get_type_name() == "MatMul"), None)
+    if products is None or not _constant_name(products.input_value(1)):
+        return None
+    table = _data(_without_casts(products.input_value(1)).get_node())
+    if factors.dtype != np.float32 or factors.shape != (len(table) - 1,):
+        return None
+    return products.input_value(0), table[1:], factors
+
+
+def _chain(node: Any) -> Iterator[Any]:
+    """What a node's first inputs come from, one after the other, as long as each is one of what a Gemm is made of."""
+    while node.get_type_name() in ("Multiply", "Slice", "StridedSlice", "Add"):
+        node = node.input_value(0).get_node()
+        yield node
+
+
+def _source(value: Any) -> tuple[Any, set[str]]:
+    """Where a value was computed, before casts and quantisation, and which of those it has passed since."""
+    passed: set[str] = set()
+    while value.get_node().get_type_name() in ("Convert", "FakeQuantize", "Subtract", "Multiply"):
+        passed.add(value.get_node().get_type_name())
+        value = value.get_node().input_value(0)
+    return value, passed
+
+
+def _without_casts(value: Any) -> Any:
+    while value.get_node().get_type_name() == "Convert":
+        value = value.get_node().input_value(0)
+    return value
+
+
+def _constant_name(value: Any) -> str:
+    """The name of the constant a value is, whatever type it is cast to; "" when it is none."""
+    node = _without_casts(value).get_node()
+    return str(node.get_friendly_name()) if node.get_type_name() == "Constant" else ""
+
+
+def _data(constant: Any) -> Array:
+    """A constant's own memory; bfloat16 as uint16."""
+    data: Array = constant.data
+    return data.view(np.uint16) if constant.get_element_type() == Type.bf16 else data
+
+
+def _replace(old: Any, new: Any, name: str) -> None:
+    """Whatever reads `old` reads `new`, which has its name if one is given."""
+    for reader in old.get_target_inputs():
+        reader.replace_source_output(new)
+    names = old.get_tensor().get_names()
+    if names:
+        old.get_tensor().set_names(set())
+        new.get_tensor().set_names(names)
+    if name:
+        new.get_node().set_friendly_name(name)
+
+
+def _ancestors(node: Any) -> set[str]:
+    """Names of everything a node is computed from."""
+    names: set[str] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current.get_friendly_name() not in names:
+            names.add(current.get_friendly_name())
+            pending += [value.get_node() for value in current.input_values()]
+    return names

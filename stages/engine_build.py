@@ -1,0 +1,141 @@
+"""How build-engine makes one engine: lower, write, compile, gate; and for int8 widen until the gate is passed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hstu.artifact import Artifact, encode_json
+from hstu.config import HSTUConfig
+from hstu.data.histories import Histories
+from hstu.errors import GateError
+from hstu.signature import EntryName, entry_names
+from serving.engine import EngineSpec, open_engine
+from serving.engines.torch import open_torch_engine
+from stages.contract import say
+from stages.engine_targets import TARGETS, Target
+from stages.precision.recipe import WIDE, Recipe, lower_entry, write_models
+from stages.precision.sensitivity import modules_by_sensitivity
+from stages.quality import gate
+from stages.tensorrt_builder import BuildSettings, build
+
+if TYPE_CHECKING:
+    from stages.build_engine import BuildEngineParams
+
+
+class EngineBuild:
+    """One engine being made from the artifacts of surgery and checkpoint."""
+
+    def __init__(
+        self,
+        params: BuildEngineParams,
+        target: Target,
+        surgery: Artifact,
+        checkpoint: Artifact,
+        calibration: Histories,
+        evaluation: Histories,
+    ) -> None:
+        self.params, self.target, self.source, self.checkpoint = params, target, surgery.path, checkpoint
+        self.calibration, self.evaluation = calibration, evaluation
+        self.config = HSTUConfig.from_pretrained(surgery.path)
+
+    def widening_until_good(self, recipe: Recipe, folder: Path) -> tuple[EngineSpec, dict[str, Any]]:
+        """The engine is in `folder` and has passed its gate; what had to stay wide for that is in recipe.json.
+
+        An int8 engine that fails is built again with the most sensitive module left wide as well, at most
+        `int8_widen_at_most` times; then, as any other precision at once, GateError.
+        """
+        sensitivity: dict[str, float] = {}
+        while True:
+            facts = self.write_models(recipe, folder, self.target)
+            spec = self.compile(folder, self.target) if self.target.executed else None
+            try:
+                figures = self.gate(recipe, folder)
+            except GateError as error:
+                widened = len(recipe.int8_keep_wide) - len(self.params.int8_keep_wide)
+                if self.params.precision != "int8" or widened >= self.params.int8_widen_at_most:
+                    raise
+                sensitivity = sensitivity or modules_by_sensitivity(self.source, self.config, recipe, self.calibration)
+                left = [module for module in sensitivity if module not in recipe.int8_keep_wide]
+                if len(left) < 2:
+                    raise  # with the last one wide too it would not be int8
+                say(f"build-engine: int8 fails ({error.got}); leaving {left[0]} wide as well")
+                recipe = replace(recipe, int8_keep_wide=(*recipe.int8_keep_wide, left[0]))
+            else:
+                break
+        facts |= self.calibration_facts() | ({"sensitivity": sensitivity} if sensitivity else {})
+        (folder / "recipe.json").write_bytes(encode_json(facts))
+        return spec or self.compile(folder, self.target), figures
+
+    def write_models(self, recipe: Recipe, folder: Path, target: Target) -> dict[str, Any]:
+        """`folder` holds config.json, one .onnx file per entry and weights.bin; returns what recipe.json says."""
+        shutil.copyfile(self.source / "config.json", folder / "config.json")
+        models: dict[EntryName, Any] = {}
+        entries: dict[str, Any] = {}
+        for name in entry_names(self.config):
+            models[name], entries[name] = lower_entry(
+                self.source, name, self.config, recipe, self.calibration, emulated=not target.native_bf16
+            )
+        write_models(models, folder)
+        return {"recipe": asdict(recipe), "wide": WIDE, "entries": entries}
+
+    def compile(self, folder: Path, target: Target) -> EngineSpec:
+        """`folder` is an engine: engine.json names the file of every entry, compiled where the backend does that."""
+        files: dict[str, str] = {}
+        for name in entry_names(self.config):
+            files[name] = f"{name}.onnx"
+            if target.builder is not None:
+                settings = BuildSettings(
+                    tf32=self.params.tf32,
+                    optimization_level=self.params.optimization_level,
+                    workspace_mib=self.params.workspace_mib,
+                )
+                files[name] = f"{name}{target.builder.suffix}"
+                warnings = build(
+                    target.builder,
+                    folder / f"{name}.onnx",
+                    folder / files[name],
+                    self.config,
+                    name,
+                    settings,
+                    timing_cache=folder / "timing.cache" if target.executed else None,
+                )
+                told = {"settings": asdict(settings), "warnings": warnings}
+                (folder / f"{name}.build.json").write_bytes(encode_json(told))
+                say(f"build-engine: {target.product} built {files[name]}")
+        spec = EngineSpec(
+            backend=target.backend, precision=self.params.precision, entries=files, executed=target.executed
+        )
+        (folder / "engine.json").write_bytes(encode_json(asdict(spec)))
+        return spec
+
+    def gate(self, recipe: Recipe, folder: Path) -> dict[str, Any]:
+        """The figures of the engine; GateError when they are not good enough.
+
+        What cannot run here is judged by its graphs, on ONNX Runtime.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            if not self.target.executed:
+                folder = Path(scratch)
+                self.write_models(recipe, folder, TARGETS["onnxruntime"])
+                self.compile(folder, TARGETS["onnxruntime"])
+            engine = open_engine(folder)
+            try:
+                figures = gate(engine, open_torch_engine(self.checkpoint.path), self.evaluation, self.params.limits)
+            finally:
+                engine.close()
+        overlap, lowest = figures["top10_overlap"], figures["embedding_cosine"]["min"]
+        quality = f", HR@10 {figures['hr_at_10']['engine']:.4f}" if "hr_at_10" in figures else ""
+        passed = f"lowest cosine {lowest:.6f}, top-10 overlap {overlap:.4f}{quality}"
+        say(f"build-engine: {self.params.precision} passes: {passed}")
+        return figures
+
+    def calibration_facts(self) -> dict[str, Any]:
+        """Which histories the scales come from; a foreign checkpoint without a log has drawn ones, and that is said."""
+        details = json.loads(self.checkpoint.file("checkpoint.json").read_text())
+        source = details.get("histories", "unknown")
+        return {"calibration": {"histories": len(self.calibration), "source": source}}

@@ -1,0 +1,269 @@
+"""The OpenVINO engine against eager PyTorch: every precision, every corner of the shapes, times in any unit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import openvino
+import pytest
+
+from hstu.config import HSTUConfig
+from hstu.errors import ArtifactError, InputError, MissingBackendError
+from hstu.signature import EntryName, entry_names
+from hstu.tolerances import TOLERANCES
+from kernels.cpu.library import LIBRARY
+from serving.engine import Array, EngineSpec, check_feeds, open_engine, read_spec
+from serving.engines.openvino import OpenVinoEngine
+from serving.engines.torch import TorchEngine
+from serving.self_check import check_independent, check_repeatable
+from stages import onnx_files, surgery
+from stages.entry_check import check_batches, random_feeds, worst_error
+from stages.exporter import export_entry
+from stages.precision.recipe import Recipe, lower_entry, write_models
+from tests.models import TINY, TINY_RESEARCH, random_histories, random_model
+
+WIDE_CONFIG = HSTUConfig(  # heads and widths that fill no vector, more positions than a block of keys
+    num_items=700, embedding_dim=40, num_layers=3, num_heads=3, qk_dim=10, v_dim=12, max_history=150
+)
+CONFIGS = {"tiny": TINY, "research": TINY_RESEARCH, "wide": WIDE_CONFIG}
+PRECISIONS = ("fp32", "bf16", "int8", "int8-all")
+
+Folders = Callable[[str, str], Path]
+
+
+def write_surgered(config: HSTUConfig, folder: Path, passes: tuple[str, ...] = tuple(surgery.MODULES)) -> None:
+    """`folder` holds the surgered graphs of the random model of a config."""
+    model, names = random_model(config), entry_names(config)
+    plain = folder / "plain"
+    plain.mkdir(parents=True)
+    with onnx_files.open_weights(plain) as writer:
+        for name in names:
+            onnx_files.write_model(export_entry(model, name, opset=20, writer=writer), plain, name, writer)
+    models = onnx_files.read_models(plain, names)
+    for pass_name in passes:
+        models = {name: surgery.apply_pass(pass_name, graph, config) for name, graph in models.items()}
+    onnx_files.write_models(models, folder)
+    (folder / "config.json").write_text(json.dumps(config.to_pretrained()))
+
+
+def write_spec(folder: Path, config: HSTUConfig, precision: str) -> None:
+    entries = {name: f"{name}.onnx" for name in entry_names(config)}
+    spec = {"backend": "openvino", "precision": precision, "entries": entries, "executed": True}
+    (folder / "engine.json").write_text(json.dumps(spec))
+
+
+@pytest.fixture(scope="session")
+def engine_folder(tmp_path_factory: pytest.TempPathFactory, library_file: Path) -> Folders:
+    """The engine folder of a config at a precision ("int8-all": W_o in int8 as well), made once."""
+    root = tmp_path_factory.mktemp("openvino")
+
+    def make(name: str, precision: str) -> Path:
+        config, source, folder = CONFIGS[name], root / name, root / f"{name}-{precision}"
+        if not source.exists():
+            write_surgered(config, source)
+        if not folder.exists():
+            folder.mkdir()
+            shutil.copyfile(library_file, folder / LIBRARY)
+            shutil.copyfile(source / "config.json", folder / "config.json")
+            recipe = Recipe(
+                precision=precision[:4],
+                float_keep_wide=("logits",),
+                int8_keep_wide=("logits",) if precision == "int8-all" else ("output", "logits"),
+                method="percentile",
+                percentile=99.99,
+            )
+            histories = random_histories(config, num_users=24)
+            lowered = {
+                n: lower_entry(source, n, config, recipe, histories, emulated=False)[0] for n in entry_names(config)
+            }
+            write_models(lowered, folder)
+            write_spec(folder, config, precision[:4])
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def eager() -> Mapping[str, TorchEngine]:
+    return {name: TorchEngine(random_model(config)) for name, config in CONFIGS.items()}
+
+
+def batches(config: HSTUConfig, name: EntryName) -> list[dict[str, Array]]:
+    return list(check_batches(config, name, seed=5))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("model", list(CONFIGS))
+def test_answers_are_those_of_eager(
+    engine_folder: Folders, eager: Mapping[str, TorchEngine], model: str, precision: str
+) -> None:
+    engine = open_engine(engine_folder(model, precision), threads=1)
+    config, limit = CONFIGS[model], TOLERANCES[precision[:4]].max_abs_error
+    assert (engine.backend, engine.precision, engine.config) == ("openvino", precision[:4], config)
+    for name in entry_names(config):
+        for feeds in batches(config, name):
+            check_feeds(config, name, feeds)
+            assert worst_error(eager[model].run(name, feeds), engine.run(name, feeds)) <= limit
+    engine.close()
+
+
+@pytest.mark.parametrize("factor", [1000, 1_000_000])
+def test_times_of_any_unit_are_exact(engine_folder: Folders, eager: Mapping[str, TorchEngine], factor: int) -> None:
+    """Milliseconds and microseconds since 1970 fit no int32."""
+    engine = open_engine(engine_folder("tiny", "fp32"), threads=1)
+    for name in entry_names(TINY):
+        for feeds in batches(TINY, name):
+            feeds["timestamps"] *= factor
+            feeds["query_time"] *= factor
+            assert worst_error(eager["tiny"].run(name, feeds), engine.run(name, feeds)) <= 1e-6
+
+
+def test_what_stands_after_the_end_of_a_history_does_not_matter(engine_folder: Folders) -> None:
+    engine = open_engine(engine_folder("tiny", "fp32"), threads=1)
+    for name in entry_names(TINY):
+        feeds = batches(TINY, name)[1]
+        expected = engine.run(name, feeds)
+        outside = np.arange(feeds["item_ids"].shape[1]) >= feeds["lengths"][:, None]
+        for poisoned, value in (("item_ids", TINY.num_items), ("actions", 1), ("timestamps", 2**50)):
+            feeds[poisoned][outside] = value
+        assert worst_error(expected, engine.run(name, feeds)) <= 1e-6
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("model", ["tiny", "wide"])
+def test_answers_depend_on_no_one_else_and_on_no_earlier_call(
+    engine_folder: Folders, model: str, precision: str
+) -> None:
+    engine = open_engine(engine_folder(model, precision), threads=1)
+    # Rounding to int8 can turn a difference in the last bit of a float into a step of the scale.
+    limit = {"fp32": 1e-6, "bf16": 4e-3, "int8": 4e-3}[precision[:4]]
+    for name in entry_names(CONFIGS[model]):
+        for feeds in batches(CONFIGS[model], name):
+            check_repeatable(engine, name, feeds)
+            check_independent(engine, name, feeds, limit=limit)
+
+
+def test_two_threads_answer_as_one(engine_folder: Folders) -> None:
+    folder = engine_folder("wide", "fp32")
+    one, two = open_engine(folder, threads=1), open_engine(folder, threads=2)
+    for feeds in batches(WIDE_CONFIG, "retrieve"):
+        assert worst_error(one.run("retrieve", feeds), two.run("retrieve", feeds)) <= 1e-6
+
+
+def test_requests_from_many_threads_do_not_mix(engine_folder: Folders) -> None:
+    engine = open_engine(engine_folder("tiny", "fp32"), threads=2)
+    feeds = [random_feeds(TINY, "retrieve", [1 + seed % 20, 3], seed=seed) for seed in range(8)]
+    expected = [engine.run("retrieve", f) for f in feeds]
+    errors: list[float] = []
+
+    def ask(index: int) -> None:
+        for _ in range(5):
+            errors.append(worst_error(expected[index], engine.run("retrieve", feeds[index])))
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(feeds))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 40
+    assert max(errors) == 0.0
+
+
+def test_the_kernels_are_in_the_graph(engine_folder: Folders) -> None:
+    """Otherwise every other test would pass on OpenVINO's own operations."""
+    engine = open_engine(engine_folder("wide", "int8-all"), threads=1)
+    assert isinstance(engine, OpenVinoEngine)
+    nodes = engine.compiled["retrieve"].get_runtime_model().get_ops()
+    kinds = [node.get_rt_info()["layerType"].value for node in nodes]
+    assert kinds.count("Reference") == WIDE_CONFIG.num_layers + 1  # attention, and the item head
+    assert not {"TopK", "Softmax"} & set(kinds)
+    products = [node for node in nodes if "i8" in node.get_rt_info()["primitiveType"].value and "FullyConn" in str(
+        node.get_rt_info()["layerType"].value)]  # fmt: skip
+    assert len(products) == 2 * WIDE_CONFIG.num_layers + 1  # W_uvqk and W_o of all layers; the last W_uvqk is two
+
+
+def test_one_scale_a_row_is_better_than_one_for_all(engine_folder: Folders, eager: Mapping[str, TorchEngine]) -> None:
+    """W_o in int8 costs little: the kernel gives each row its own scale."""
+    errors = {}
+    feeds = random_feeds(WIDE_CONFIG, "retrieve", [150, 80, 20, 5])
+    expected = eager["wide"].run("retrieve", feeds)["user_embedding"]
+    for precision in ("int8", "int8-all"):
+        got = open_engine(engine_folder("wide", precision), threads=1).run("retrieve", feeds)["user_embedding"]
+        errors[precision] = 1.0 - float((expected * got).sum(axis=1).min())
+    assert errors["int8-all"] <= 2 * errors["int8"]
+    assert errors["int8-all"] <= 0.005
+
+
+def test_an_unknown_entry_and_a_closed_engine_are_refused(engine_folder: Folders) -> None:
+    engine = open_engine(engine_folder("research", "fp32"), threads=1)
+    with pytest.raises(InputError, match="no 'rank' entry"):
+        engine.run("rank", {})
+    engine.close()
+    with pytest.raises(InputError, match="no 'retrieve' entry"):
+        engine.run("retrieve", {})
+
+
+@pytest.fixture
+def copied(engine_folder: Folders, tmp_path: Path) -> Path:
+    """An engine folder that a test may break."""
+    return Path(shutil.copytree(engine_folder("research", "fp32"), tmp_path / "engine"))
+
+
+def test_a_missing_kernel_is_said(copied: Path) -> None:
+    (copied / LIBRARY).unlink()
+    with pytest.raises(ArtifactError, match="kernel is missing"):
+        open_engine(copied)
+
+
+def test_a_kernel_of_another_machine_is_said(copied: Path) -> None:
+    (copied / LIBRARY).write_bytes(b"\x7fELF of nothing")
+    with pytest.raises(MissingBackendError, match="cannot be used here"):
+        open_engine(copied)
+
+
+def test_a_missing_entry_is_said(copied: Path) -> None:
+    spec = read_spec(copied)
+    with pytest.raises(ArtifactError, match="lacks entries"):
+        OpenVinoEngine(copied, EngineSpec(backend="openvino", precision="fp32", entries={}, executed=spec.executed))
+
+
+def test_a_broken_graph_is_said(copied: Path) -> None:
+    (copied / "retrieve.onnx").write_bytes(b"no graph")
+    with pytest.raises(ArtifactError, match="cannot read it"):
+        open_engine(copied)
+
+
+def test_a_graph_that_computes_with_times_is_refused(copied: Path, tmp_path: Path) -> None:
+    """OpenVINO would cut them to int32, and answer."""
+    write_surgered(TINY_RESEARCH, tmp_path / "plain-attention", passes=("item_head", "fold_constants"))
+    for file in ("retrieve.onnx", onnx_files.WEIGHTS):
+        shutil.copyfile(tmp_path / "plain-attention" / file, copied / file)
+    with pytest.raises(ArtifactError, match="compute with timestamps in int32"):
+        open_engine(copied)
+
+
+def test_fp16_graphs_are_refused(engine_folder: Folders, tmp_path: Path) -> None:
+    source = engine_folder("research", "fp32").parent / "research"
+    recipe = Recipe(precision="fp16", float_keep_wide=(), int8_keep_wide=(), method="max", percentile=100.0)
+    histories = random_histories(TINY_RESEARCH, num_users=4)
+    write_models(
+        {"retrieve": lower_entry(source, "retrieve", TINY_RESEARCH, recipe, histories, emulated=False)[0]}, tmp_path
+    )
+    shutil.copyfile(source / "config.json", tmp_path / "config.json")
+    shutil.copyfile(engine_folder("research", "fp32") / LIBRARY, tmp_path / LIBRARY)
+    write_spec(tmp_path, TINY_RESEARCH, "fp16")
+    with pytest.raises(ArtifactError, match="attention in f16"):
+        open_engine(tmp_path)
+
+
+def test_openvino_alone_is_wrong_about_times() -> None:
+    """Why times are features: the day this fails, they need not be."""
+    seconds = openvino.opset13.parameter([-1], np.int64, "seconds")
+    model = openvino.Model([openvino.opset13.divide(seconds, np.int64(1000))], [seconds])
+    answer = openvino.Core().compile_model(model, "CPU")([np.array([1_700_000_000_000])])[0]
+    assert answer[0] != 1_700_000_000
