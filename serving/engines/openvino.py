@@ -25,7 +25,11 @@ _EDGES = np.array([0, *THRESHOLDS, 2**63 - 1], dtype=np.int64)
 
 
 class OpenVinoEngine:
-    """One compiled model per entry; all of them, and the attention kernel, share OpenVINO's one pool of threads."""
+    """One compiled model per entry; all of them, and the attention kernel, share OpenVINO's one pool of threads.
+
+    A compiled model has weights of its own. That of `extend`, which only those who keep states ask for, is
+    compiled when it is first asked for.
+    """
 
     backend = "openvino"
 
@@ -42,21 +46,20 @@ class OpenVinoEngine:
         self.compiled: dict[str, openvino.CompiledModel] = {}
         self._requests: dict[str, openvino.InferRequest] = {}
         self._inputs: dict[str, list[str]] = {}
-        core = openvino.Core()
-        for name, file in spec.entries.items():
-            model = read_model(folder / file, spec.precision, self._library)
-            compiled = core.compile_model(model, "CPU", properties(threads or len(os.sched_getaffinity(0))))
-            self.compiled[name] = compiled
-            self._inputs[name] = [port.any_name for port in compiled.inputs]
-            self._requests[name] = compiled.create_infer_request()
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._files = {name: folder / file for name, file in spec.entries.items()}
+        for name in spec.entries:
+            if name != "extend":
+                self._compile(name)
         self._outputs = {name: [o.name for o in entry(self.config, name).outputs] for name in entry_names(self.config)}
 
     def run(self, entry: EntryName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The entry's outputs by name. Feeds must have passed `check_feeds`."""
-        if entry not in self._requests:
-            raise InputError(
-                f"this engine has no {entry!r} entry", expected=", ".join(self._requests) or "an open engine"
-            )
+        if entry not in self._files:
+            raise InputError(f"this engine has no {entry!r} entry", expected=", ".join(self._files) or "an open engine")
+        with self._lock:
+            if entry not in self._requests:
+                self._compile(entry)
         names = self._inputs[entry]
         features = time_features(self.config, feeds, frozenset(names) & frozenset(NAMES), self._buckets)
         inputs = {name: np.ascontiguousarray(features[name] if name in features else feeds[name]) for name in names}
@@ -67,8 +70,15 @@ class OpenVinoEngine:
 
     def close(self) -> None:
         """Release memory and threads; the engine must not be used after."""
+        self._files.clear()
         self._requests.clear()
         self.compiled.clear()
+
+    def _compile(self, name: str) -> None:
+        model = read_model(self._files[name], self.precision, self._library)
+        self.compiled[name] = openvino.Core().compile_model(model, "CPU", properties(self._threads))
+        self._inputs[name] = [port.any_name for port in self.compiled[name].inputs]
+        self._requests[name] = self.compiled[name].create_infer_request()
 
     def _buckets(self, start: Array, end: Array, causal: bool) -> Array:
         return time_buckets(self._library, start, end, _EDGES, causal=causal, threaded=False)

@@ -15,6 +15,7 @@ The file is the one every backend gets. What is changed while it is read:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from kernels.item_head.cpu import ItemHead
 from serving import time_features
 from serving.engines.openvino_ops import ATTENTION, AttentionCall, HeadCall, ItemHeadOp
 
-_TIMES = ("timestamps", "query_time")
-_TYPES = {time_features.HISTORY_BUCKETS: Type.u8, time_features.QUERY_BUCKETS: Type.u8}
+_TIMES = ("timestamps", "query_time", "cached_timestamps")
+_TYPES = {name: Type.u8 for name in time_features.NAMES if name.endswith("_buckets")}
 _CALL = "hstu_call"  # the rt_info under which an operation's number in `_Reader.calls` stands
 
 
@@ -88,6 +89,8 @@ class _Reader:
             output = Type.bf16
             for index in operation.rows_inputs:  # the kernel rounds what it reads: a cast before it saves nothing
                 inputs[index] = _without_casts(inputs[index])
+        if operation.cache_input is not None:  # it may be of another type than the rows, and is read where it lies
+            inputs[operation.cache_input] = _without_casts(inputs[operation.cache_input])
         shape = Shape(
             heads=node.get_attribute("num_heads"),
             **{name: node.get_attribute(name) for name in ("qk_dim", "v_dim", "max_length", "epsilon")},
@@ -98,6 +101,8 @@ class _Reader:
         offsets = {}
         if function == "HSTUCandidateAttention":
             offsets = {name: node.get_attribute(name) for name in ("v_offset", "k_offset")}
+        elif operation.cache_input is not None:
+            offsets = {"layer": node.get_attribute("layer")}
         call = AttentionCall(kernel=Attention(self._library, shape), output=output, **offsets)
         made = operation(inputs, call)
         made.get_rt_info()[_CALL] = str(len(self.calls))
@@ -137,9 +142,7 @@ class _Reader:
     def _quantize_rows(self, node: Any, attention: Any) -> None:
         """The product reads int8 rows from attention itself; its result is multiplied by the rows' scales."""
         call = self.calls[int(attention.get_rt_info()[_CALL].value)]
-        quantized = AttentionCall(
-            kernel=call.kernel, output=Type.i8, v_offset=call.v_offset, k_offset=call.k_offset
-        )  # fmt: skip
+        quantized = replace(call, output=Type.i8)
         made = ATTENTION[attention.get_type_name()](attention.input_values(), quantized)
         made.set_friendly_name(attention.get_friendly_name())
         # OpenVINO multiplies in int8 what a cast and a constant scale make of int8 (a scale of 1 it would drop).

@@ -51,12 +51,14 @@ class AttentionCall:
     output: Type | None = None
     v_offset: int = 0  # of candidates: where v and k stand in the history
     k_offset: int = 0
+    layer: int = 0  # whose rows of a cache are meant
 
 
 class AttentionOp(KernelOp):
     """One attention call of the domain `hstu`."""
 
     rows_inputs: tuple[int, ...] = (0,)  # which inputs are projections; the first of them has the query rows
+    cache_input: int | None = None  # which is a cache
     buckets_input: int
     buckets_feature: str  # of `serving.time_features`
     call: AttentionCall
@@ -130,8 +132,58 @@ class HSTUCandidateAttention(AttentionOp):
         )
 
 
+class HSTUExtendAttention(AttentionOp):
+    """HSTUExtendAttention(uvqk, cache, buckets, cached_lengths, lengths)."""
+
+    cache_input, buckets_input, buckets_feature = 1, 2, time_features.EXTEND_BUCKETS
+
+    def compute(self, inputs: list[Array], out: Array, scales: Array | None) -> None:
+        uvqk, cache, buckets, cached_lengths, lengths = inputs
+        prefix = cache[:, self.call.layer], cached_lengths.astype(np.int64)
+        lengths = lengths.astype(np.int64)
+        self.call.kernel.attention(uvqk, buckets, lengths, out=out, out_scales=scales, cache=prefix)
+
+
+class HSTUExtendQueryAttention(AttentionOp):
+    """HSTUExtendQueryAttention(uq, kv, cache, buckets, cached_lengths, position) of the last event, one a user."""
+
+    rows_inputs = (0, 1)
+    cache_input, buckets_input, buckets_feature = 2, 3, time_features.EXTEND_QUERY_BUCKETS
+
+    def compute(self, inputs: list[Array], out: Array, scales: Array | None) -> None:
+        uq, kv, cache, buckets, cached_lengths, position = inputs
+        kernel, cached_lengths, position = self.call.kernel, cached_lengths.astype(np.int64), position.astype(np.int64)
+        if not cached_lengths.any():
+            buckets = np.ascontiguousarray(buckets[:, :, cache.shape[2] :])
+            kernel.queries(uq, kv, buckets, position, out=out, out_scales=scales)
+            return
+        # The kernel extends whole rows: those that are not asked for have no u and q, and are dropped again.
+        users, values = np.arange(len(uq))[:, None], kernel.shape.heads * kernel.shape.v_dim
+        uvqk = np.zeros((*kv.shape[:2], 2 * kv.shape[2]), kv.dtype)
+        u, v, q, k = np.split(uvqk, [values, 2 * values, values + kv.shape[2]], axis=2)
+        k[:], v[:] = kv[:, :, :-values], kv[:, :, -values:]
+        u[users, position], q[users, position] = uq[:, :, :values], uq[:, :, values:]
+        every = np.zeros((*kv.shape[:2], buckets.shape[2]), buckets.dtype)
+        every[users, position] = buckets
+        rows = np.empty((*kv.shape[:2], values), out.dtype)
+        row_scales = None if scales is None else np.empty((*kv.shape[:2], 1), np.float32)
+        prefix = cache[:, self.call.layer], cached_lengths
+        lengths = position.max(axis=1) + 1
+        kernel.attention(uvqk, every, lengths, out=rows, out_scales=row_scales, cache=prefix)
+        out[:] = rows[users, position]
+        if scales is not None and row_scales is not None:
+            scales[:] = row_scales[users, position]
+
+
 ATTENTION: dict[str, type[AttentionOp]] = {
-    operation.__name__: operation for operation in (HSTUAttention, HSTUQueryAttention, HSTUCandidateAttention)
+    operation.__name__: operation
+    for operation in (
+        HSTUAttention,
+        HSTUQueryAttention,
+        HSTUCandidateAttention,
+        HSTUExtendAttention,
+        HSTUExtendQueryAttention,
+    )
 }
 
 

@@ -42,13 +42,10 @@ def lower_floats(
 
 
 def _is_attention(node: ir.Node) -> bool:
-    """A call of one of our functions, or a node of an attention that is not one; its LayerNorm stays wide.
-
-    So are cache rows: what is kept of an event is to the bit what the attention used of it.
-    """
+    """A call of one of our functions, or a node of an attention that is not one; its LayerNorm stays wide."""
     if node.domain:
         return node.domain == "hstu"
-    return scope(node.name or "").endswith(("attention", "cache_rows")) and node.op_type != "LayerNormalization"
+    return scope(node.name or "").endswith("attention") and node.op_type != "LayerNormalization"
 
 
 def _is_lookup(node: ir.Node) -> bool:
