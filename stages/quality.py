@@ -100,6 +100,10 @@ def failures(figures: Mapping[str, Any], limits: Tolerance) -> list[str]:
         found.append(
             f"lowest cosine of a user embedding {figures['embedding_cosine']['min']:.6f} < {limits.min_cosine:g}"
         )
+    if not figures["embedding_cosine"]["mean"] >= limits.min_mean_cosine:
+        found.append(
+            f"mean cosine of the user embeddings {figures['embedding_cosine']['mean']:.6f} < {limits.min_mean_cosine:g}"
+        )
     if not figures["top10_overlap"] >= limits.min_top10_overlap:
         found.append(f"mean top-10 overlap {figures['top10_overlap']:.4f} < {limits.min_top10_overlap:g}")
     for metric in ("hr_at_10", "ndcg_at_10"):
