@@ -25,9 +25,14 @@ def returning_answers(engine: Engine, histories: Histories) -> Answers:
     """
     origin = Origin(checkpoint="", engine=engine.backend, precision=engine.precision)
     stateful = StatefulEngine(engine=engine, origin=origin)
-    seen = np.maximum(histories.lengths - NEW_EVENTS, 1)
+    seen = seen_before(histories)
     states, _ = start(stateful, part(histories, np.zeros_like(seen), seen))
     return extend(stateful, states, part(histories, seen, histories.lengths))[1]
+
+
+def seen_before(histories: Histories) -> Int64s:
+    """How many events of each history an earlier visit had: all but the newest ten, but at least one. int64 [B]."""
+    return np.maximum(histories.lengths - NEW_EVENTS, 1)
 
 
 def part(histories: Histories, first: Int64s, last: Int64s) -> Histories:

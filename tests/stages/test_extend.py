@@ -158,7 +158,12 @@ def test_every_precision_gives_its_own_answers(
 
 def test_int8_takes_the_scales_of_retrieve(surgered: Artifact) -> None:
     recipe = Recipe(
-        precision="int8", around="fp32", float_keep_wide=(), int8_keep_wide=("output", "logits"), method="max", percentile=100.0
+        precision="int8",
+        around="fp32",
+        float_keep_wide=(),
+        int8_keep_wide=("output", "logits"),
+        method="max",
+        percentile=100.0,
     )
     histories = random_histories(TINY, num_users=6)
     facts = {
