@@ -16,6 +16,7 @@ from serving.engine import Array
 
 DTYPES: dict[CacheForm, type] = {"fp32": np.float32, "bf16": np.uint16, "int8": np.int8}  # of the stored values
 _LEVELS = 127
+_LARGEST = 3.38e38  # what every form holds: above it bf16 rounds to infinity
 _SPARE = 0.25  # of the rows in use, so that a visit seldom moves what is there
 
 
@@ -33,7 +34,7 @@ class CacheRows:
 
     def append(self, rows: Array) -> CacheRows:
         """These rows and then float32 [layers, M, width]; ArtifactError when one of the new ones is not a number."""
-        if not np.isfinite(rows).all():
+        if not (np.abs(rows) < _LARGEST).all():
             raise ArtifactError(
                 "the engine gave cache rows that are not numbers",
                 got="NaN or infinity",
@@ -64,13 +65,12 @@ class CacheRows:
     @classmethod
     def from_bytes(cls, data: bytes, spec: CacheSpec, form: CacheForm, length: int) -> CacheRows:
         """What `to_bytes` gave; ArtifactError when the size is another, or a row is not a number."""
-        memory = _Memory(spec, form, capacity=length)
-        if len(data) != memory.values.nbytes + memory.scales.nbytes:
+        size = spec.bytes_per_user(form, length)
+        if len(data) != size:
             raise ArtifactError(
-                "a user's state has cache rows of another size",
-                got=f"{len(data)} bytes",
-                expected=f"{memory.values.nbytes + memory.scales.nbytes} bytes",
+                "a user's state has cache rows of another size", got=f"{len(data)} bytes", expected=f"{size} bytes"
             )
+        memory = _Memory(spec, form, capacity=length)
         start = 0
         for array in (memory.values, memory.scales):
             little = array.dtype.newbyteorder("<")
@@ -84,10 +84,12 @@ class CacheRows:
     def _require_numbers(self) -> None:
         memory = self._memory
         if self.form == "bf16":
-            wrong = ((memory.values & 0x7F80) == 0x7F80).any()  # all bits of the exponent: NaN or infinity
+            right = ((memory.values & 0x7F80) != 0x7F80).all()  # all bits of the exponent: NaN or infinity
+        elif self.form == "int8":
+            right = (np.abs(memory.scales) < _LARGEST / _LEVELS).all()
         else:
-            wrong = not np.isfinite(memory.values if self.form == "fp32" else memory.scales).all()
-        if wrong:
+            right = np.isfinite(memory.values).all()
+        if not right:
             raise ArtifactError(
                 "a user's state holds what is not a number",
                 got="NaN or infinity among its cache rows",

@@ -150,6 +150,8 @@ def test_a_changed_byte_is_found(stateful: StatefulEngine) -> None:
         ({"rows": 0}, "another size"),
         ({"events": -1}, "makes no sense"),
         ({"num_layers": 5}, "another size"),
+        ({"num_layers": 2**50, "k_width": 2**50}, "another size"),
+        ({"rows": 2**40, "events": 2**40 + 1, "max_positions": 2**41}, "makes no sense"),
         ({"form": "fp8"}, "makes no sense"),
         ({"events": "3"}, "makes no sense"),
         ({"k_width": None}, "makes no sense"),
