@@ -12,6 +12,7 @@ from hstu.artifact import Artifact, encode_json
 from hstu.config import HSTUConfig
 from hstu.errors import GateError
 from stages.contract import Outcome, Stage, Workspace, say, write_report
+from stages.gate_checks import MAX_CORE_WAIT
 from stages.measure.cases import Case, Cell, find_case
 from stages.parameters import require
 
@@ -123,7 +124,8 @@ def _tell(cell: Cell, found: Sequence[Measurement]) -> None:
         if not item.check.correct:
             parts.append(f"{name} WRONG (error {item.check.max_abs_error:.2g})")
         elif item.seconds:
-            parts.append(f"{name} {np.median(item.seconds) * 1e3:.3g} ms ({np.median(item.ratios):.2f}x)")
+            busy = f", waited {item.wait_share:.0%}" if item.wait_share > MAX_CORE_WAIT else ""
+            parts.append(f"{name} {np.median(item.seconds) * 1e3:.3g} ms ({np.median(item.ratios):.2f}x{busy})")
     say(f"benchmark: {cell}: {', '.join(parts)}")
 
 

@@ -15,12 +15,15 @@ from typing import Any
 
 from hstu.errors import InputError, UsageError
 from stages.contract import Workspace, write_report
-from stages.gate_checks import Check, compare_metrics, compare_results
+from stages.gate_checks import MAX_CORE_WAIT, Check, compare_metrics, compare_results, is_disturbed
 from stages.parameters import load_params, require
 
 BENCHMARK = "benchmark.json"
 BASELINE = "baseline.json"
 SCHEMA = 1
+_SHARES = (
+    "run_noise", "other_machine_noise", "max_quality_drop", "max_overlap_drop", "max_memory_growth",
+)  # fmt: skip
 _ACCEPT = 'python cli.py gate --accept --reason "why this is the new standard"'
 
 
@@ -40,7 +43,7 @@ class GateParams:
     def __post_init__(self) -> None:
         require(bool(self.cases), "gate.cases: none", got=[], expected="at least one case")
         require(0 < self.max_slowdown < 1, "gate.max_slowdown: out of range", got=self.max_slowdown, expected="0..1")
-        for name in ("run_noise", "other_machine_noise", "max_quality_drop", "max_overlap_drop", "max_memory_growth"):
+        for name in _SHARES:
             value = getattr(self, name)
             require(0 <= value <= 1, f"gate.{name}: out of range", got=value, expected="0..1")
         require(self.max_error_growth >= 1, "gate.max_error_growth: out of range",
@@ -138,6 +141,14 @@ def accept_baseline(benchmark: Path, baseline: Path, params: GateParams, *, reas
             got=f"{len(wrong)} wrong results, no results of {', '.join(missing) or 'none'}",
             expected=f"right results of {', '.join(params.cases)}",
             fix="python cli.py benchmark",
+        )
+    disturbed = [row for row in rows if is_disturbed(row)]
+    if 10 * len(disturbed) > len(rows):
+        raise UsageError(
+            f"{benchmark}: measured while other work had the cores, so no standard for speed",
+            got=f"{len(disturbed)} of {len(rows)} results waited for a core more than {MAX_CORE_WAIT:.0%} of the time",
+            expected="at most one in ten",
+            fix="let the machine do nothing else and run: python cli.py benchmark",
         )
     kept = {
         key: {name: value for name, value in current[key].items() if name in params.cases}

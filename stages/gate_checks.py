@@ -21,6 +21,7 @@ QUALITY = ("hr_at_", "ndcg_at_", "auc_", "top10_overlap", "embedding_cosine")  #
 BESIDE = ("fp32_eager", "relative_loss")  # stand below a quality figure and are none of ours
 ERROR_FLOOR = 0.1  # of the precision's tolerance: below that an error may grow as it likes
 MEMORY_SLACK_MIB = 24.0  # what an allocator may keep more or less
+MAX_CORE_WAIT = 0.1  # share of its time that a runtime may have waited for a core; beyond it a speed says little
 Z95 = 1.96
 
 Status = Literal["pass", "fail", "inconclusive", "info"]
@@ -149,7 +150,9 @@ class Speed:
     def change(self, new: Row, old: Row) -> Change:
         """The change of one row."""
         doubt = ""
-        if old.get("thread_mode") == "all" and not self.same_cores:
+        if is_disturbed(new) or is_disturbed(old):
+            doubt = f"other work had the cores {'now' if is_disturbed(new) else 'then'}"
+        elif old.get("thread_mode") == "all" and not self.same_cores:
             doubt = "another number of cores"
         elif old["precision"] != "fp32" and self.lost:
             doubt = f"this CPU lacks {', '.join(self.lost)}"
@@ -191,6 +194,11 @@ class Speed:
             got=f"{now:.2f}x eager, {math.expm1(mean):+.0%} ± {math.expm1(margin):.0%}{doubt}",
             limit=f">= {-self.max_slowdown:.0%} ({before:.2f}x before)",
         )
+
+
+def is_disturbed(row: Row) -> bool:
+    """Whether other work had the cores while this row, or eager PyTorch beside it, was timed."""
+    return (row.get("core_wait_share") or 0.0) > MAX_CORE_WAIT
 
 
 def _correctness(name: str, new: Row, old: Row, params: GateParams) -> list[Check]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,8 @@ def worst_on_random_inputs(engine: Engine, reference: Engine) -> float:
     """The largest error on random histories that reach every corner of the dynamic shapes."""
     worst = 0.0
     for name in entry_names(engine.config):
-        for feeds in check_batches(engine.config, name, seed=_CHECK_SEED):
+        # An int8 engine is good for rows that a history can have, not for any.
+        for feeds in check_batches(engine.config, name, seed=_CHECK_SEED, run=partial(reference.run, name)):
             expected = dict(reference.run(name, feeds))
             if engine.precision != "fp32":
                 expected.pop("cache_rows", None)  # of any size; what they lead to is judged in `measure`

@@ -7,6 +7,7 @@ from html import escape
 
 from hstu.tolerances import TOLERANCES
 from stages.charts import Bar, bar_chart, table
+from stages.gate_checks import is_disturbed
 from stages.report_evidence import Evidence, Row
 
 TONES = {"fp32": "ours-0", "bf16": "ours-1", "int8": "ours-2", "fp16": "ours-3"}
@@ -91,7 +92,7 @@ def _all_rows(rows: Sequence[Row]) -> str:
                 row["entry"], label(row), str(row["batch"]), f"{row['occupancy']:.0%}", str(row["threads"]),
                 *(f"{latency[name]:.4g}" if timed else "wrong" for name in ("p50", "p95", "p99")),
                 f"{row['throughput_rps']:,.1f}" if timed else "–",
-                f"{row['ratio_to_eager']:.2f}" if timed else "–",
+                _ratio(row) or "1" if timed else "–",
                 f"{interval[0]:.2f}–{interval[1]:.2f}" if interval else "–",
                 f"{share:.0%}" if share is not None else "–",
                 f"{row['peak_memory_mib']:,.0f}" if timed else "–",
@@ -117,7 +118,8 @@ def label(row: Row) -> str:
 
 
 def _ratio(row: Row) -> str:
-    return "" if row["runtime"] == "torch-eager" else f"{row['ratio_to_eager']:.2f}×"
+    disturbed = " ~" if is_disturbed(row) else ""
+    return disturbed.strip() if row["runtime"] == "torch-eager" else f"{row['ratio_to_eager']:.2f}×{disturbed}"
 
 
 def _tone(row: Row) -> str:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Isa = Literal["avx2", "avx512", "avx512_bf16"]
 LIBRARY = "libhstu_cpu.so"
+OPERATIONS = "libhstu_openvino.so"  # OpenVINO operations around the kernels, for the very version they are built with
 VERSION = 1
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # hstu::Type of runtime.h
 
@@ -33,6 +34,7 @@ _UNITS: dict[str, tuple[str, ...]] = {  # translation unit → the instructions 
     "avx512": _AVX512,
     "avx512_bf16": (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
     "dispatch": (),
+    "openvino_ops": (),
 }
 # Contraction is spelled out in the sources, so that every row is computed alike. GCC 12 warns of its own headers.
 _FLAGS = (
@@ -59,9 +61,9 @@ def compiler_version(compiler: str = "g++") -> str:
 
 
 def build(folder: Path, *, compiler: str = "g++") -> Path:
-    """`folder/libhstu_cpu.so` stands, the same bytes whenever the same compiler makes it; its path.
+    """`folder` holds libhstu_cpu.so, whose path is returned, and libhstu_openvino.so.
 
-    Raises KernelError with the compiler's own words when it is missing or refuses.
+    The same compiler makes the same bytes. Raises KernelError with its own words when it is missing or refuses.
     """
     openvino = openvino_folder()
     with tempfile.TemporaryDirectory() as name:
@@ -71,25 +73,21 @@ def build(folder: Path, *, compiler: str = "g++") -> Path:
             for source in sorted((_KERNELS / part).iterdir()):
                 if source.suffix in (".h", ".cpp"):
                     shutil.copyfile(source, work / part / source.name)
-        tbb = ("-isystem", str(openvino / "include"), f"-ffile-prefix-map={openvino}=openvino")
+        headers = ("-isystem", str(openvino / "include"), f"-ffile-prefix-map={openvino}=openvino")
         units = [
-            [
-                compiler,
-                *_FLAGS,
-                *flags,
-                *(tbb if unit == "dispatch" else ()),
-                "-c",
-                f"cpu/{unit}.cpp",
-                "-o",
-                f"{unit}.o",
-            ]
+            [compiler, *_FLAGS, *flags, *(() if flags else headers), "-c", f"cpu/{unit}.cpp", "-o", f"{unit}.o"]
             for unit, flags in _UNITS.items()
         ]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda command: _run(command, work), units))
-        link = ["-L", str(openvino / "libs"), "-l:libtbb.so.12", "-Wl,--build-id=none", "-Wl,-O1", "-s"]
-        _run([compiler, "-shared", "-o", LIBRARY, *(f"{unit}.o" for unit in _UNITS), *link], work)
-        shutil.copyfile(work / LIBRARY, folder / LIBRARY)
+        openvino_library = next((openvino / "libs").glob("libopenvino.so.*")).name
+        for library, parts, needed in (
+            (LIBRARY, [unit for unit in _UNITS if unit != "openvino_ops"], "libtbb.so.12"),
+            (OPERATIONS, ["openvino_ops"], openvino_library),
+        ):
+            link = ["-L", str(openvino / "libs"), f"-l:{needed}", "-Wl,--build-id=none", "-Wl,-O1", "-s"]
+            _run([compiler, "-shared", "-o", library, *(f"{unit}.o" for unit in parts), *link], work)
+            shutil.copyfile(work / library, folder / library)
     return folder / LIBRARY
 
 

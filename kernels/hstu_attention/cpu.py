@@ -9,7 +9,7 @@ import numpy as np
 
 from kernels.cpu.library import INT8, Array, KernelError, Library, address, float_type
 
-_CAUSAL, _CANDIDATES, _QUERIES = 0, 1, 2
+CAUSAL, CANDIDATES, QUERIES = 0, 1, 2  # hstu::Mode of call.h
 _BUCKET_BYTES = {np.dtype(t): np.dtype(t).itemsize for t in (np.uint8, np.int32, np.int64)}
 
 
@@ -71,6 +71,17 @@ class Attention:
             epsilon=shape.epsilon, compute_type=int(shape.bf16), own_bucket_column=-1,
         )  # fmt: skip
 
+    def prepared(self, mode: int, out_type: int) -> Call:
+        """What does not change from call to call, for a caller that fills in the rest; this object must outlive it."""
+        call = Call.from_buffer_copy(self._template)
+        call.mode, call.out_type, call.threaded = mode, out_type, 1
+        return call
+
+    @property
+    def function(self) -> int:
+        """The address of the C function that takes a call."""
+        return ctypes.cast(self._function, ctypes.c_void_p).value or 0
+
     def attention(
         self,
         uvqk: Array,
@@ -121,7 +132,7 @@ class Attention:
         """
         hv, hqk = self._hv, self._hqk
         call = self._call(uq, (0, 0, hv, 0), hv + hqk, out, out_scales, buckets, threaded)
-        call.mode = _QUERIES
+        call.mode = QUERIES
         seen = positions.max(axis=1, initial=-1) + 1
         self._set_prefix(call, kv, 0, hqk, seen)
         self._set_positions(call, positions)
@@ -149,7 +160,7 @@ class Attention:
         """
         hv, hqk = self._hv, self._hqk
         call = self._call(uvqk, (0, hv, 2 * hv, 2 * hv + hqk), 2 * (hv + hqk), out, out_scales, buckets, threaded)
-        call.mode = _CANDIDATES
+        call.mode = CANDIDATES
         seen = positions.max(axis=1, initial=0)
         self._set_prefix(call, history, k_offset, v_offset, seen)
         self._set_positions(call, positions)

@@ -52,6 +52,17 @@ class ItemHead:
         self._library = library
         self._functions.hstu_item_head_pack(ctypes.byref(self._call))
 
+    def prepared(self, results: int) -> HeadCall:
+        """What does not change from call to call, for a caller that fills in the rest; this object must outlive it."""
+        call = HeadCall.from_buffer_copy(self._call)
+        call.results, call.threaded = results, 1
+        return call
+
+    @property
+    def function(self) -> int:
+        """The address of the C function that takes a call."""
+        return ctypes.cast(self._functions.hstu_item_head_top, ctypes.c_void_p).value or 0
+
     def top_items(self, embeddings: Array, *, scores: Array, indices: Array, threaded: bool = True) -> None:
         """scores float32 [B, K] (falling) and indices int32 [B, K] are those of the best rows for embeddings [B, D].
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Mapping
@@ -14,13 +15,15 @@ from hstu.config import HSTUConfig
 from hstu.errors import ArtifactError, InputError, MissingBackendError
 from hstu.signature import EntryName, entry, entry_names
 from hstu.time_buckets import THRESHOLDS
-from kernels.cpu.library import LIBRARY, KernelError, Library
+from kernels.cpu.library import LIBRARY, OPERATIONS, KernelError, Library
 from kernels.cpu.load import load
 from kernels.hstu_attention.cpu import time_buckets
 from serving.engine import Array, EngineSpec
 from serving.engines.openvino_graph import read_model
+from serving.engines.openvino_ops import NativeOperations, Operations, PythonOperations
 from serving.time_features import NAMES, time_features
 
+_LOG = logging.getLogger(__name__)
 _EDGES = np.array([0, *THRESHOLDS, 2**63 - 1], dtype=np.int64)
 
 
@@ -42,6 +45,7 @@ class OpenVinoEngine:
                 f"{folder}: engine.json lacks entries of this model", got=sorted(spec.entries), expected=missing
             )
         self._library = _open_library(folder)
+        self.operations = _open_operations(folder)
         self._lock = threading.Lock()  # one request uses all threads; another waits
         self.compiled: dict[str, openvino.CompiledModel] = {}
         self._requests: dict[str, openvino.InferRequest] = {}
@@ -75,7 +79,7 @@ class OpenVinoEngine:
         self.compiled.clear()
 
     def _compile(self, name: str) -> None:
-        model = read_model(self._files[name], self.precision, self._library)
+        model = read_model(self._files[name], self._library, self.operations)
         self.compiled[name] = openvino.Core().compile_model(model, "CPU", properties(self._threads))
         self._inputs[name] = [port.any_name for port in self.compiled[name].inputs]
         self._requests[name] = self.compiled[name].create_infer_request()
@@ -108,6 +112,18 @@ def _open_library(folder: Path) -> Library:
         raise MissingBackendError(
             f"{path}: the attention kernel cannot be used here", got=str(error), fix="use the onnxruntime engine"
         ) from None
+
+
+def _open_operations(folder: Path) -> Operations:
+    """The operations compiled with the engine, or, where they are not for this OpenVINO, those written in Python."""
+    try:
+        return NativeOperations(folder / OPERATIONS)
+    except RuntimeError as error:
+        _LOG.warning(
+            "%s does not go with OpenVINO %s; slower operations in Python take its place (%s)",
+            folder / OPERATIONS, openvino.__version__, str(error).strip().splitlines()[-1],
+        )  # fmt: skip
+        return PythonOperations()
 
 
 def open_engine(folder: Path, spec: EngineSpec, *, threads: int | None = None) -> OpenVinoEngine:

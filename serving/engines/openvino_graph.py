@@ -6,8 +6,7 @@ The file is the one every backend gets. What is changed while it is read:
 - what the graph computes of timestamps is replaced by inputs (`serving.time_features`): OpenVINO's CPU plugin
   keeps int64 in int32, which times and the edges of their buckets do not fit;
 - scores of all items and their top K become one operation that gives the same K (`kernels.item_head`);
-- in bf16 and int8 engines, what stands between the quantised products (attention, and W_o where it is left in
-  float32) multiplies in bfloat16, where the CPU does;
+- where attention is bfloat16 and the CPU multiplies it, no cast stands between attention and a float32 product;
 - an int8 W_o reads rows that the attention kernel has quantised, each by its own scale, in place of one scale for
   all rows: no row depends on another, and nothing is clipped.
 """
@@ -29,21 +28,21 @@ from kernels.cpu.library import Array, Library
 from kernels.hstu_attention.cpu import Attention, Shape
 from kernels.item_head.cpu import ItemHead
 from serving import time_features
-from serving.engines.openvino_ops import ATTENTION, AttentionCall, HeadCall, ItemHeadOp
+from serving.engines.openvino_ops import FUNCTIONS, AttentionCall, HeadCall, Operations
 
 _TIMES = ("timestamps", "query_time", "cached_timestamps")
 _TYPES = {name: Type.u8 for name in time_features.NAMES if name.endswith("_buckets")}
 _CALL = "hstu_call"  # the rt_info under which an operation's number in `_Reader.calls` stands
 
 
-def read_model(path: Path, precision: str, library: Library) -> openvino.Model:
+def read_model(path: Path, library: Library, operations: Operations) -> openvino.Model:
     """The model of an .onnx file, as described above.
 
     Raises ArtifactError when the file cannot be read or its graph is not one that surgery writes.
     """
-    reader = _Reader(path, precision, library)
+    reader = _Reader(path, library, operations)
     core = openvino.Core()
-    for function in ATTENTION:
+    for function in FUNCTIONS:
         core.add_extension(ConversionExtension(function, "hstu", reader.convert))
     try:
         model = core.read_model(path)
@@ -54,7 +53,7 @@ def read_model(path: Path, precision: str, library: Library) -> openvino.Model:
             fix="run build-engine again",
         ) from None
     reader.replace_times(model)
-    reader.narrow_outputs(model)
+    reader.quantize_rows(model)
     reader.replace_item_head(model)
     model.add_parameters([reader.features[name] for name in time_features.NAMES if name in reader.features])
     model.validate_nodes_and_infer_types()
@@ -65,91 +64,90 @@ def read_model(path: Path, precision: str, library: Library) -> openvino.Model:
 class _Reader:
     """What is found while one file is read: the features that its operations need, and their calls."""
 
-    def __init__(self, path: Path, precision: str, library: Library) -> None:
-        self._path, self._library = path, library
-        # With bf16 products in the CPU, everything that a narrow engine leaves in float32 around them is bf16.
-        self._bf16 = precision in ("bf16", "int8") and library.isa == "avx512_bf16"
+    def __init__(self, path: Path, library: Library, operations: Operations) -> None:
+        self._path, self._library, self._operations = path, library, operations
         self.features: dict[str, Any] = {}
         self.calls: list[AttentionCall] = []
 
     def convert(self, node: Any) -> list[Any]:
         """The operation that stands for a call of an attention function."""
         function = node.get_op_type("")
-        operation = ATTENTION[function]
+        projections, cache = FUNCTIONS[function].projections, FUNCTIONS[function].cache
         inputs = [node.get_input(index) for index in range(node.get_input_size())]
         tables = [self._table(value) for value in inputs[-2:]]
         inputs = inputs[:-2]
-        given = inputs[operation.rows_inputs[0]].get_element_type()
+        given = inputs[projections[0]].get_element_type()
         if given not in (Type.f32, Type.bf16):
             raise ArtifactError(
                 f"{self._path}: attention in {given.to_string()}", expected="fp32, bf16 or int8 engines"
             )
-        output = None
-        if self._bf16:
-            output = Type.bf16
-            for index in operation.rows_inputs:  # the kernel rounds what it reads: a cast before it saves nothing
+        narrow = given == Type.bf16 and self._library.isa == "avx512_bf16"
+        if narrow:
+            for index in projections:  # the kernel rounds what it reads: a cast before it saves nothing
                 inputs[index] = _without_casts(inputs[index])
-        if operation.cache_input is not None:  # it may be of another type than the rows, and is read where it lies
-            inputs[operation.cache_input] = _without_casts(inputs[operation.cache_input])
+        if cache is not None:  # it may be of another type than the rows, and is read where it lies
+            inputs[cache] = _without_casts(inputs[cache])
         shape = Shape(
             heads=node.get_attribute("num_heads"),
             **{name: node.get_attribute(name) for name in ("qk_dim", "v_dim", "max_length", "epsilon")},
             position_bias=tables[0],
             time_bias=tables[1],
-            bf16=self._bf16 or given == Type.bf16,
+            bf16=narrow,
         )
         offsets = {}
         if function == "HSTUCandidateAttention":
             offsets = {name: node.get_attribute(name) for name in ("v_offset", "k_offset")}
-        elif operation.cache_input is not None:
+        elif cache is not None:
             offsets = {"layer": node.get_attribute("layer")}
-        call = AttentionCall(kernel=Attention(self._library, shape), output=output, **offsets)
-        made = operation(inputs, call)
+        call = AttentionCall(function=function, kernel=Attention(self._library, shape), output=given, **offsets)
+        return [self._attention(inputs, call).output(0)]
+
+    def _attention(self, inputs: list[Any], call: AttentionCall) -> Any:
+        """An operation for the call, which `_call_of` finds again."""
+        made = self._operations.attention(inputs, call)
         made.get_rt_info()[_CALL] = str(len(self.calls))
         self.calls.append(call)
-        if output is not None and given != output:
-            return [opset13.convert(made.output(0), given).output(0)]
-        return [made.output(0)]
+        return made
+
+    def _call_of(self, node: Any) -> AttentionCall | None:
+        """The call that a node is the operation of, if it is one."""
+        info = node.get_rt_info()
+        return self.calls[int(info[_CALL].value)] if _CALL in info else None
 
     def replace_times(self, model: openvino.Model) -> None:
         """Buckets of attention and rows of the gap table are inputs, no longer computed from times."""
         for node in model.get_ordered_ops():
-            operation = ATTENTION.get(node.get_type_name())
-            if operation is not None:
-                feature = self._feature(operation.buckets_feature, 3)
-                node.input(operation.buckets_input).replace_source_output(feature)
+            call = self._call_of(node)
+            if call is not None:
+                function = FUNCTIONS[call.function]
+                node.input(function.buckets).replace_source_output(self._feature(function.feature, 3))
             elif node.get_type_name() == "Gather" and _constant_name(node.input_value(0)).startswith("gap_embedding."):
                 of_candidates = "candidate_ids" in _ancestors(node.input_value(1).get_node())
                 name = time_features.CANDIDATE_GAP_ROWS if of_candidates else time_features.GAP_ROWS
                 node.input(1).replace_source_output(self._feature(name, 2))
 
-    def narrow_outputs(self, model: openvino.Model) -> None:
-        """W_o, the product of what attention gives, is bf16 or int8 as the engine is."""
+    def quantize_rows(self, model: openvino.Model) -> None:
+        """An int8 W_o, the product of what attention gives, reads int8 rows that attention has made."""
         for node in model.get_ordered_ops():
-            if node.get_type_name() != "MatMul":
-                continue
-            value, passed = _source(node.input_value(0))
-            attention = value.get_node()
-            if attention.get_type_name() not in ATTENTION:
-                continue
-            if "FakeQuantize" in passed:
-                self._quantize_rows(node, attention)
-            elif self._bf16 and "Convert" in passed:
-                weight = opset13.convert(node.input_value(1), Type.bf16)
-                product = opset13.matmul(value, weight, False, False)
-                _replace(node.output(0), opset13.convert(product, Type.f32).output(0), node.get_friendly_name())
+            if node.get_type_name() == "MatMul":
+                value, passed = _source(node.input_value(0))
+                call = self._call_of(value.get_node())
+                if call is not None and "FakeQuantize" in passed:
+                    self._quantize_rows(node, value.get_node(), replace(call, output=Type.i8))
 
-    def _quantize_rows(self, node: Any, attention: Any) -> None:
+    def _quantize_rows(self, node: Any, attention: Any, call: AttentionCall) -> None:
         """The product reads int8 rows from attention itself; its result is multiplied by the rows' scales."""
-        call = self.calls[int(attention.get_rt_info()[_CALL].value)]
-        quantized = replace(call, output=Type.i8)
-        made = ATTENTION[attention.get_type_name()](attention.input_values(), quantized)
+        made = self._attention(attention.input_values(), call)
         made.set_friendly_name(attention.get_friendly_name())
         # OpenVINO multiplies in int8 what a cast and a constant scale make of int8 (a scale of 1 it would drop).
         rows = opset13.multiply(opset13.convert(made.output(0), Type.f32), np.float32(1 / 128))
-        product = opset13.matmul(rows, node.input_value(1), False, False)
-        scaled = opset13.multiply(product, opset13.multiply(made.output(1), np.float32(128)))
-        _replace(node.output(0), scaled.output(0), node.get_friendly_name())
+        product = opset13.matmul(rows, _float32_weight(node.input_value(1)), False, False)
+        scaled = opset13.multiply(product, opset13.multiply(made.output(1), np.float32(128))).output(0)
+        for reader in node.output(0).get_target_inputs():
+            if reader.get_node().get_type_name() == "Convert" and reader.get_node().get_element_type() == Type.f32:
+                _replace(reader.get_node().output(0), scaled, "")  # no rounding to the graph's float type in between
+        given = node.get_output_element_type(0)
+        _replace(node.output(0), scaled if given == Type.f32 else opset13.convert(scaled, given).output(0), "")
 
     def replace_item_head(self, model: openvino.Model) -> None:
         """The exact top K comes from the kernel, where the graph scores with the item table itself."""
@@ -164,7 +162,7 @@ class _Reader:
                 kernel=ItemHead(self._library, table, factors),
                 results=node.output(0).get_partial_shape()[1].get_length(),
             )
-            made = ItemHeadOp([embedding], head)
+            made = self._operations.item_head(embedding, head)
             made.set_friendly_name(node.get_friendly_name())
             _replace(node.output(0), made.output(0), node.get_friendly_name())
             index_type = node.output(1).get_element_type()
@@ -221,6 +219,13 @@ def _item_head(top_k: Any) -> tuple[Any, Array, Array] | None:
     if factors.dtype != np.float32 or factors.shape != (len(table) - 1,):
         return None
     return products.input_value(0), table[1:], factors
+
+
+def _float32_weight(value: Any) -> Any:
+    """A weight int8 [K, N] times its scales, in float32 whatever float type the graph multiplies it in."""
+    scaled = value.get_node()
+    quantized, _ = _source(scaled.input_value(0))
+    return opset13.multiply(opset13.convert(quantized, Type.f32), opset13.convert(scaled.input_value(1), Type.f32))
 
 
 def _chain(node: Any) -> Iterator[Any]:

@@ -1,22 +1,140 @@
 """Operations of OpenVINO graphs that call our own CPU kernels on OpenVINO's memory, on its threads.
 
-Bias tables, the item table and other constants belong to an operation and are not its inputs. Tensors of bfloat16
-are uint16 to numpy.
+Bias tables, the item table and other constants belong to an operation and are not its inputs. There are two forms of
+the same operations: `NativeOperations`, compiled with the engine for one version of OpenVINO, and `PythonOperations`,
+which go with any but cost a tenth of a millisecond a call. Tensors of bfloat16 are uint16 to numpy.
 """
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import openvino
 from openvino import Dimension, PartialShape, Tensor, Type
+from openvino.utils.node_factory import NodeFactory
 
-from kernels.hstu_attention.cpu import Attention
+from kernels.cpu.library import BFLOAT16, FLOAT32, INT8
+from kernels.hstu_attention.cpu import CANDIDATES, CAUSAL, QUERIES, Attention
 from kernels.item_head.cpu import ItemHead
 from serving import time_features
 from serving.engine import Array
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionCall:
+    """One call of a function of the domain `hstu`: its kernel, and the type of its output (int8: with a second
+    output, each row's scale).
+
+    The type of its projections is not fixed: OpenVINO may hand over float32 where the graph says bfloat16.
+    """
+
+    function: str
+    kernel: Attention
+    output: Type
+    v_offset: int = 0  # of candidates: where v and k stand in the history
+    k_offset: int = 0
+    layer: int = 0  # whose rows of a cache are meant
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadCall:
+    """The kernel of an item table, and K."""
+
+    kernel: ItemHead
+    results: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Function:
+    """Where the inputs of a function of the domain `hstu` stand; bias tables, which are its last two, are constants.
+
+    HSTUAttention(uvqk, buckets, lengths), HSTUQueryAttention(uq, kv, buckets, position) of the last event, whose next
+    time is the query time, HSTUCandidateAttention(history, candidates, buckets, lengths), HSTUExtendAttention(uvqk,
+    cache, buckets, cached_lengths, lengths) and HSTUExtendQueryAttention(uq, kv, cache, buckets, cached_lengths,
+    position).
+    """
+
+    mode: int  # of the kernel
+    projections: tuple[int, ...]  # the first of them has the query rows
+    buckets: int
+    feature: str  # of `serving.time_features`: what the buckets are
+    cache: int | None = None  # float32 [B, layers, P, W/2], read where it lies
+
+
+FUNCTIONS = {
+    "HSTUAttention": Function(mode=CAUSAL, projections=(0,), buckets=1, feature=time_features.HISTORY_BUCKETS),
+    "HSTUQueryAttention": Function(mode=QUERIES, projections=(0, 1), buckets=2, feature=time_features.QUERY_BUCKETS),
+    "HSTUCandidateAttention": Function(
+        mode=CANDIDATES, projections=(1, 0), buckets=2, feature=time_features.QUERY_BUCKETS
+    ),
+    "HSTUExtendAttention": Function(
+        mode=CAUSAL, projections=(0,), buckets=2, feature=time_features.EXTEND_BUCKETS, cache=1
+    ),
+    "HSTUExtendQueryAttention": Function(
+        mode=QUERIES, projections=(0, 1), buckets=3, feature=time_features.EXTEND_QUERY_BUCKETS, cache=2
+    ),
+}
+
+
+class Operations(Protocol):
+    """Makes the operations of a graph."""
+
+    name: str
+
+    def attention(self, inputs: list[Any], call: AttentionCall) -> Any:
+        """A node that computes the call of these inputs."""
+
+    def item_head(self, embedding: Any, call: HeadCall) -> Any:
+        """A node with the K best items (user_embedding [B, D]) -> scores float32 [B, K], indices int32 [B, K]."""
+
+
+class NativeOperations:
+    """Operations compiled with the engine (kernels/cpu/openvino_ops.cpp)."""
+
+    name = "native"
+
+    def __init__(self, path: Path) -> None:
+        """Raises RuntimeError when the file is not for this OpenVINO."""
+        self._factory = NodeFactory()
+        self._factory.add_extension(path)
+        self._kept: list[object] = []  # kernels, and the structures whose addresses the operations hold
+
+    def attention(self, inputs: list[Any], call: AttentionCall) -> Any:
+        """A node that computes the call of these inputs."""
+        function = FUNCTIONS[call.function]
+        if function.cache is not None and function.mode == QUERIES:  # once a model: not worth another form
+            return AttentionOp(inputs, call)
+        out_type = {Type.f32: FLOAT32, Type.bf16: BFLOAT16, Type.i8: INT8}[call.output]
+        prepared = call.kernel.prepared(function.mode, out_type)
+        self._kept += [call, prepared]
+        attributes = {"call": ctypes.addressof(prepared), "function": call.kernel.function}
+        offsets = {"v_offset": call.v_offset, "k_offset": call.k_offset, "layer": call.layer}
+        return self._factory.create("HSTUKernelAttention", inputs, attributes | offsets)
+
+    def item_head(self, embedding: Any, call: HeadCall) -> Any:
+        """A node with the K best items of each user."""
+        prepared = call.kernel.prepared(call.results)
+        self._kept += [call, prepared]
+        attributes = {"call": ctypes.addressof(prepared), "function": call.kernel.function}
+        return self._factory.create("HSTUKernelItemHead", [embedding], attributes)
+
+
+class PythonOperations:
+    """Operations written in Python, for any version of OpenVINO."""
+
+    name = "python"
+
+    def attention(self, inputs: list[Any], call: AttentionCall) -> Any:
+        """A node that computes the call of these inputs."""
+        return AttentionOp(inputs, call)
+
+    def item_head(self, embedding: Any, call: HeadCall) -> Any:
+        """A node with the K best items of each user."""
+        return ItemHeadOp([embedding], call)
 
 
 class KernelOp(openvino.Op):
@@ -42,32 +160,15 @@ class KernelOp(openvino.Op):
         return True
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionCall:
-    """One attention call: its kernel, and the type of its output (None: that of the query rows; int8: with a second
-    output, the scale of each row)."""
-
-    kernel: Attention
-    output: Type | None = None
-    v_offset: int = 0  # of candidates: where v and k stand in the history
-    k_offset: int = 0
-    layer: int = 0  # whose rows of a cache are meant
-
-
 class AttentionOp(KernelOp):
     """One attention call of the domain `hstu`."""
 
-    rows_inputs: tuple[int, ...] = (0,)  # which inputs are projections; the first of them has the query rows
-    cache_input: int | None = None  # which is a cache
-    buckets_input: int
-    buckets_feature: str  # of `serving.time_features`
     call: AttentionCall
 
     def validate_and_infer_types(self) -> None:
         """The output has the rows of the query rows, and H·dv columns."""
-        shape, rows_input = self.call.kernel.shape, self.rows_inputs[0]
-        rows = self.get_input_partial_shape(rows_input)
-        output = self.call.output or self.get_input_element_type(rows_input)
+        shape, output = self.call.kernel.shape, self.call.output
+        rows = self.get_input_partial_shape(FUNCTIONS[self.call.function].projections[0])
         self.set_output_size(2 if output == Type.i8 else 1)
         self.set_output_type(0, output, PartialShape([rows[0], rows[1], Dimension(shape.heads * shape.v_dim)]))
         if output == Type.i8:
@@ -75,124 +176,67 @@ class AttentionOp(KernelOp):
 
     def evaluate(self, outputs: list[Tensor], inputs: list[Tensor]) -> bool:
         """The kernel's answer stands in the outputs."""
+        function, kernel = FUNCTIONS[self.call.function], self.call.kernel
         arrays = [_array(tensor) for tensor in inputs]
-        batch, rows, _ = arrays[self.rows_inputs[0]].shape
-        shape = self.call.kernel.shape
-        outputs[0].shape = [batch, rows, shape.heads * shape.v_dim]
-        scales = None
+        batch, rows, _ = arrays[function.projections[0]].shape
+        outputs[0].shape = [batch, rows, kernel.shape.heads * kernel.shape.v_dim]
+        out, scales = _array(outputs[0]), None
         if len(outputs) > 1:
             outputs[1].shape = [batch, rows, 1]
             scales = _array(outputs[1])
-        self.compute(arrays, _array(outputs[0]), scales)
+        integers = arrays[-1].astype(np.int64)
+        if function.cache is not None:
+            cached = arrays[function.cache][:, self.call.layer], arrays[-2].astype(np.int64)
+            if function.mode == CAUSAL:
+                kernel.attention(arrays[0], arrays[2], integers, out=out, out_scales=scales, cache=cached)
+            else:
+                _extend_queries(kernel, arrays[0], arrays[1], arrays[3], integers, out, scales, cached)
+        elif function.mode == CAUSAL:
+            kernel.attention(arrays[0], arrays[1], integers, out=out, out_scales=scales)
+        elif function.mode == QUERIES:
+            kernel.queries(arrays[0], arrays[1], arrays[2], integers, out=out, out_scales=scales)
+        else:
+            kernel.candidates(
+                arrays[0],
+                arrays[1],
+                arrays[2],
+                integers[:, None],
+                out=out,
+                out_scales=scales,
+                v_offset=self.call.v_offset,
+                k_offset=self.call.k_offset,
+            )
         return True
 
-    def compute(self, inputs: list[Array], out: Array, scales: Array | None) -> None:
-        """`out` (and `scales`, of an int8 output) is what the function gives for the inputs."""
-        raise NotImplementedError
 
+def _extend_queries(
+    kernel: Attention, uq: Array, kv: Array, buckets: Array, position: Array, out: Array, scales: Array | None,
+    cached: tuple[Array, Array],
+) -> None:  # fmt: skip
+    """`out` is what HSTUExtendQueryAttention gives: rows uq at `position` of the new events kv, after cached ones.
 
-class HSTUAttention(AttentionOp):
-    """HSTUAttention(uvqk, buckets, lengths)."""
-
-    buckets_input, buckets_feature = 1, time_features.HISTORY_BUCKETS
-
-    def compute(self, inputs: list[Array], out: Array, scales: Array | None) -> None:
-        uvqk, buckets, lengths = inputs
-        self.call.kernel.attention(uvqk, buckets, lengths.astype(np.int64), out=out, out_scales=scales)
-
-
-class HSTUQueryAttention(AttentionOp):
-    """HSTUQueryAttention(uq, kv, buckets, position) of the last event, whose next time is the query time."""
-
-    rows_inputs = (0, 1)
-    buckets_input, buckets_feature = 2, time_features.QUERY_BUCKETS
-
-    def compute(self, inputs: list[Array], out: Array, scales: Array | None) -> None:
-        uq, kv, buckets, position = inputs
-        self.call.kernel.queries(uq, kv, buckets, position.astype(np.int64), out=out, out_scales=scales)
-
-
-class HSTUCandidateAttention(AttentionOp):
-    """HSTUCandidateAttention(history, candidates, buckets, lengths)."""
-
-    rows_inputs = (1, 0)
-    buckets_input, buckets_feature = 2, time_features.QUERY_BUCKETS
-
-    def compute(self, inputs: list[Array], out: Array, scales: Array | None) -> None:
-        history, rows, buckets, lengths = inputs
-        self.call.kernel.candidates(
-            history,
-            rows,
-            buckets,
-            lengths.astype(np.int64)[:, None],
-            out=out,
-            out_scales=scales,
-            v_offset=self.call.v_offset,
-            k_offset=self.call.k_offset,
-        )
-
-
-class HSTUExtendAttention(AttentionOp):
-    """HSTUExtendAttention(uvqk, cache, buckets, cached_lengths, lengths)."""
-
-    cache_input, buckets_input, buckets_feature = 1, 2, time_features.EXTEND_BUCKETS
-
-    def compute(self, inputs: list[Array], out: Array, scales: Array | None) -> None:
-        uvqk, cache, buckets, cached_lengths, lengths = inputs
-        prefix = cache[:, self.call.layer], cached_lengths.astype(np.int64)
-        lengths = lengths.astype(np.int64)
-        self.call.kernel.attention(uvqk, buckets, lengths, out=out, out_scales=scales, cache=prefix)
-
-
-class HSTUExtendQueryAttention(AttentionOp):
-    """HSTUExtendQueryAttention(uq, kv, cache, buckets, cached_lengths, position) of the last event, one a user."""
-
-    rows_inputs = (0, 1)
-    cache_input, buckets_input, buckets_feature = 2, 3, time_features.EXTEND_QUERY_BUCKETS
-
-    def compute(self, inputs: list[Array], out: Array, scales: Array | None) -> None:
-        uq, kv, cache, buckets, cached_lengths, position = inputs
-        kernel, cached_lengths, position = self.call.kernel, cached_lengths.astype(np.int64), position.astype(np.int64)
-        if not cached_lengths.any():
-            buckets = np.ascontiguousarray(buckets[:, :, cache.shape[2] :])
-            kernel.queries(uq, kv, buckets, position, out=out, out_scales=scales)
-            return
-        # The kernel extends whole rows: those that are not asked for have no u and q, and are dropped again.
-        users, values = np.arange(len(uq))[:, None], kernel.shape.heads * kernel.shape.v_dim
-        uvqk = np.zeros((*kv.shape[:2], 2 * kv.shape[2]), kv.dtype)
-        u, v, q, k = np.split(uvqk, [values, 2 * values, values + kv.shape[2]], axis=2)
-        k[:], v[:] = kv[:, :, :-values], kv[:, :, -values:]
-        u[users, position], q[users, position] = uq[:, :, :values], uq[:, :, values:]
-        every = np.zeros((*kv.shape[:2], buckets.shape[2]), buckets.dtype)
-        every[users, position] = buckets
-        rows = np.empty((*kv.shape[:2], values), out.dtype)
-        row_scales = None if scales is None else np.empty((*kv.shape[:2], 1), np.float32)
-        prefix = cache[:, self.call.layer], cached_lengths
-        lengths = position.max(axis=1) + 1
-        kernel.attention(uvqk, every, lengths, out=rows, out_scales=row_scales, cache=prefix)
-        out[:] = rows[users, position]
-        if scales is not None and row_scales is not None:
-            scales[:] = row_scales[users, position]
-
-
-ATTENTION: dict[str, type[AttentionOp]] = {
-    operation.__name__: operation
-    for operation in (
-        HSTUAttention,
-        HSTUQueryAttention,
-        HSTUCandidateAttention,
-        HSTUExtendAttention,
-        HSTUExtendQueryAttention,
-    )
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeadCall:
-    """The kernel of an item table, and K."""
-
-    kernel: ItemHead
-    results: int
+    The kernel extends whole rows: those that are not asked for get no u and q, and are dropped again.
+    """
+    rows, cached_lengths = cached
+    if not cached_lengths.any():
+        alone = np.ascontiguousarray(buckets[:, :, rows.shape[1] :])
+        kernel.queries(uq, kv, alone, position, out=out, out_scales=scales)
+        return
+    values, half = kernel.shape.heads * kernel.shape.v_dim, kv.shape[2]
+    users, shape = np.arange(len(uq))[:, None], kv.shape[:2]
+    uvqk = np.zeros((*shape, 2 * half), kv.dtype)
+    u, v, q, k = np.split(uvqk, [values, 2 * values, values + half], axis=2)
+    k[:], v[:] = kv[:, :, :-values], kv[:, :, -values:]
+    u[users, position], q[users, position] = uq[:, :, :values], uq[:, :, values:]
+    of_all = np.zeros((*shape, buckets.shape[2]), buckets.dtype)
+    of_all[users, position] = buckets
+    all_out = np.empty((*shape, values), out.dtype)
+    all_scales = None if scales is None else np.empty((*shape, 1), np.float32)
+    lengths = position.max(axis=1) + 1
+    kernel.attention(uvqk, of_all, lengths, out=all_out, out_scales=all_scales, cache=cached)
+    out[:] = all_out[users, position]
+    if scales is not None and all_scales is not None:
+        scales[:] = all_scales[users, position]
 
 
 class ItemHeadOp(KernelOp):

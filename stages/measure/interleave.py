@@ -42,10 +42,18 @@ class Measurement:
     seconds: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)  # eager's median of a round over this runtime's
     flops: float = 0.0  # of all timed requests together
+    waited_s: float = 0.0  # for a core, while other work had it
     peak_mib: float = 0.0
 
-    def row(self, cell: Cell, threads: int, baseline_mib: float, ceiling_gflops: float | None) -> dict[str, Any]:
-        """The result as benchmark.json holds it."""
+    @property
+    def wait_share(self) -> float:
+        """Time that threads waited for a core, over the time of all requests; 0 on a machine that does nothing else."""
+        return self.waited_s / sum(self.seconds) if self.seconds else 0.0
+
+    def row(
+        self, cell: Cell, threads: int, baseline_mib: float, ceiling_gflops: float | None, eager: Measurement
+    ) -> dict[str, Any]:
+        """The result as benchmark.json holds it; `core_wait_share` is this runtime's or eager's, the larger."""
         row: dict[str, Any] = {
             "case": cell.case,
             "entry": cell.entry,
@@ -67,6 +75,7 @@ class Measurement:
             "ratio_to_eager": None,
             "ratio_ci95": None,
             "share_of_ceiling": None,
+            "core_wait_share": None,
             "rounds": len(self.ratios),
             "requests": len(self.seconds),
         }
@@ -79,6 +88,7 @@ class Measurement:
                 "library_memory_mib": round(baseline_mib, 1),
                 "ratio_to_eager": ratio,
                 "ratio_ci95": list(interval),
+                "core_wait_share": round(max(self.wait_share, eager.wait_share), 3),
             }
             if self.flops and ceiling_gflops:
                 row["share_of_ceiling"] = significant(self.flops / sum(self.seconds) / 1e9 / ceiling_gflops, 3)
@@ -148,7 +158,7 @@ def _time(
     def draw(count: int) -> list[Request]:
         return [draw_request(config, cell, rng, candidates=case.candidates) for _ in range(count)]
 
-    once = float(np.median(workers[0].call("time", cell.entry, draw(1), wake=True)))
+    once = float(workers[0].call("time", cell.entry, draw(1), wake=True)[0][0])
     per_turn = int(np.clip(TURN_SECONDS / once, 1, MAX_PER_TURN))
     for worker in workers:
         worker.call("reset_peak")
@@ -165,7 +175,7 @@ def _time(
             )
         eager_median = 0.0
         for worker in workers:
-            seconds = worker.call("time", cell.entry, requests, wake=once < TURN_SECONDS)
+            seconds, waited = worker.call("time", cell.entry, requests, wake=once < TURN_SECONDS)
             median = float(np.median(seconds))
             if worker.contestant.runtime == EAGER:
                 eager_median = median
@@ -173,5 +183,6 @@ def _time(
             measurement.seconds += seconds
             measurement.ratios.append(eager_median / median)
             measurement.flops += flops
+            measurement.waited_s += waited
     for worker in workers:
         found[worker.contestant].peak_mib = worker.call("peak_mib")

@@ -70,12 +70,12 @@ class Session:
             for worker in [worker for worker in workers if worker.contestant in broken]:
                 self._skip(worker, broken[worker.contestant])
                 workers.remove(worker)
-            measured += [(cell, item) for item in found]
+            measured += [(cell, found[0], item) for item in found]
             self.on_cell(cell, found)
         after = self._ceilings(eager)
         ceilings = {name: significant((before[name] + after[name]) / 2) for name in before}
         self.ceilings.setdefault(mode, ceilings)
-        for cell, item in measured:
+        for cell, reference, item in measured:
             contestant = item.contestant
             self.rows.append(
                 item.row(
@@ -83,6 +83,7 @@ class Session:
                     threads=1 if mode == "one" else num_cores(),
                     baseline_mib=self._baselines_mib[contestant],
                     ceiling_gflops=ceilings.get(contestant.precision),
+                    eager=reference,
                 )
             )
 

@@ -21,7 +21,7 @@ import stages
 from hstu.config import HSTUConfig
 from hstu.errors import CompilerError, UsageError
 from serving.engine import Array
-from stages.measure import memory
+from stages.measure import process
 from stages.measure.cases import BenchmarkEntry
 from stages.measure.requests import Request
 from stages.measure.runtimes import CompiledEngine, Contestant, Eager, Runtime, open_runtime, prepare
@@ -111,7 +111,7 @@ class Seat:
     def open(self, contestant: Contestant, threads: int) -> dict[str, float]:
         """Load the model; says what the libraries alone take and how long the loading took."""
         prepare(contestant, threads)
-        self.baseline_mib = memory.resident_mib()
+        self.baseline_mib = process.resident_mib()
         started = time.perf_counter()
         self.runtime = open_runtime(contestant, threads)
         return {"baseline_mib": self.baseline_mib, "open_s": significant(time.perf_counter() - started)}
@@ -120,18 +120,22 @@ class Seat:
         """The outputs of one request."""
         return dict(self.runtime.answer(entry, request))
 
-    def time(self, entry: BenchmarkEntry, requests: Sequence[Request], *, wake: bool) -> list[float]:
-        """Seconds of each request; with `wake` the first is answered once before, to bring back caches and threads."""
+    def time(self, entry: BenchmarkEntry, requests: Sequence[Request], *, wake: bool) -> tuple[list[float], float]:
+        """Seconds of each request, and those its threads waited for a core meanwhile, together.
+
+        With `wake` the first request is answered once before, to bring back caches and threads.
+        """
         if wake:
             self.runtime.answer(entry, requests[0])
         seconds = []
+        waited_before = process.core_wait_s()
         for request in requests:
             if entry == "extend" and isinstance(self.runtime, CompiledEngine):
                 self.runtime.remember(request)  # the visit before
             started = time.perf_counter()
             self.runtime.answer(entry, request)
             seconds.append(time.perf_counter() - started)
-        return seconds
+        return seconds, process.core_wait_s() - waited_before
 
     def slate_error(self, request: Request, slates: Array) -> float:
         """How far any item of these slates stands below the best choice, by eager PyTorch."""
@@ -141,11 +145,11 @@ class Seat:
 
     def reset_peak(self) -> None:
         """Begin to look for the most memory anew."""
-        memory.reset_peak()
+        process.reset_peak()
 
     def peak_mib(self) -> float:
         """The most memory since `reset_peak`, less what the libraries took before the model was loaded."""
-        return memory.peak_mib() - self.baseline_mib
+        return process.peak_mib() - self.baseline_mib
 
     def gemm_gflops(self, config: HSTUConfig, rows: int, precision: str) -> float | None:
         """See `stages.measure.ceiling`."""

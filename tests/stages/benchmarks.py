@@ -64,7 +64,7 @@ def row(runtime: str, backend: str, precision: str, ratio: float, batch: int, mo
         "latency_ms": {"p50": p50, "p95": p50 * 1.1, "p99": p50 * 1.2},
         "throughput_rps": 1000 * batch / p50, "peak_memory_mib": 100.0, "library_memory_mib": 50.0,
         "ratio_to_eager": ratio, "ratio_ci95": [ratio * 0.97, ratio * 1.03], "share_of_ceiling": 0.5,
-        "rounds": 20, "requests": 40,
+        "core_wait_share": 0.0, "rounds": 20, "requests": 40,
     }  # fmt: skip
 
 

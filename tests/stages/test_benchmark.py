@@ -7,6 +7,9 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from stages import benchmark
 from stages.benchmark import merge
 from stages.contract import Workspace, execute
 from stages.entry_check import worst_error
-from stages.measure import memory
+from stages.measure import process
 from stages.measure.case_models import bundle_files, random_files
 from stages.measure.cases import CASES, SLATE, Cell, cells, find_case
 from stages.measure.ceiling import answer_flops, gemm_gflops
@@ -159,13 +162,33 @@ def test_the_ceiling_is_a_rate_and_unknown_precisions_have_none() -> None:
 
 
 def test_the_peak_of_memory_is_seen_after_it_has_gone() -> None:
-    memory.reset_peak()
-    before = memory.peak_mib()
+    process.reset_peak()
+    before = process.peak_mib()
     block = np.ones(100 * 2**20 // 8)
     del block
-    assert 90 < memory.peak_mib() - before < 140
-    memory.reset_peak()
-    assert memory.peak_mib() - before < 60
+    assert 90 < process.peak_mib() - before < 140
+    process.reset_peak()
+    assert process.peak_mib() - before < 60
+
+
+def test_waiting_for_a_core_is_seen() -> None:
+    """Two processes on one core: each waits about half of the time, alone hardly any of it."""
+    cores = os.sched_getaffinity(0)
+    code = "while True: pass"
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        rival = subprocess.Popen([sys.executable, "-c", code])  # inherits the one core
+        try:
+            started, before = time.perf_counter(), process.core_wait_s()
+            while time.perf_counter() - started < 0.5:
+                pass
+            share = (process.core_wait_s() - before) / (time.perf_counter() - started)
+        finally:
+            rival.kill()
+            rival.wait()
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert 0.2 < share < 2.0
 
 
 # ── right or wrong ──
@@ -258,7 +281,7 @@ class Recorder:
     def call(self, method: str, *arguments: Any, **options: Any) -> Any:
         seen: Sequence[Request] = arguments[1] if method == "time" else []
         self.log.append((self.contestant.runtime, method, id(seen[0]) if seen else 0))
-        return {"time": [0.5] * len(seen), "reset_peak": None, "peak_mib": 12.0}[method]
+        return {"time": ([0.5] * len(seen), 0.1 * len(seen)), "reset_peak": None, "peak_mib": 12.0}[method]
 
 
 def test_runtimes_take_turns_on_the_same_fresh_requests_and_wrong_ones_have_none() -> None:
@@ -279,6 +302,7 @@ def test_runtimes_take_turns_on_the_same_fresh_requests_and_wrong_ones_have_none
         ("torch-eager", True, 3), ("onnx-plain", False, 0), ("engine", True, 3),
     ]  # fmt: skip
     assert found[2].ratios == [1.0] * 3
+    assert found[2].wait_share == pytest.approx(0.2)
     assert not broken
     first_time = next(index for index, entry in enumerate(log) if entry[1] == "time")
     assert all(entry[1] == "answer" for entry in log[:first_time])
@@ -325,7 +349,10 @@ def test_a_worker_answers_times_and_measures_its_memory(engine: Worker) -> None:
     asked = request()
     assert engine.call("answer", "retrieve", asked)["user_embedding"].shape == (2, TINY.embedding_dim)
     engine.call("reset_peak")
-    assert all(0 < seconds < 5 for seconds in engine.call("time", "retrieve", [asked] * 3, wake=True))
+    seconds, waited = engine.call("time", "retrieve", [asked] * 3, wake=True)
+    assert len(seconds) == 3
+    assert all(0 < value < 5 for value in seconds)
+    assert waited >= 0
     assert 0 < engine.call("peak_mib") < 200
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,10 @@ def lowered(surgered: Artifact, precision: str, folder: Path) -> OnnxRuntimeEngi
 def cached_feeds(engine: Any, histories: Histories, cached: list[int]) -> dict[str, Array]:
     """Inputs of `extend` with caches that the engine itself made, NaN after the end of each."""
     feeds = entry_check.split_feeds(histories.feeds(engine.config), np.array(cached))
-    positions = feeds["cached_timestamps"].shape[1]
-    cache = np.full((len(cached), *cache_spec(engine.config).shape(positions)), np.nan, np.float32)
-    for row, length in enumerate(cached):
-        if length:
-            seen = part(histories.select([row]), np.array([0]), np.array([length + 1]))
-            nothing = entry_check.split_feeds(seen.feeds(engine.config), np.array([0]))
-            nothing["cache"] = np.full((1, *cache_spec(engine.config).shape(1)), np.nan, np.float32)
-            cache[row, :, :length] = engine.run("extend", nothing)["cache_rows"][0, :, :length]
-    return feeds | {"cache": cache}
+    shape = len(cached), *cache_spec(engine.config).shape(feeds["cached_timestamps"].shape[1])
+    rows = entry_check.cache_from(histories.feeds(engine.config), shape, partial(engine.run, "extend"))
+    after = np.arange(shape[2]) >= np.array(cached)[:, None]
+    return feeds | {"cache": np.where(after[:, None, :, None], np.float32(np.nan), rows)}
 
 
 @pytest.mark.parametrize(

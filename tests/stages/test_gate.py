@@ -77,6 +77,18 @@ def test_a_wide_interval_is_inconclusive() -> None:
     assert verdict.passed
 
 
+def test_speed_is_not_judged_while_other_work_had_the_cores() -> None:
+    slower = scaled(benchmark(), lambda row: 1 / 1.5 if row["runtime"] == "engine" else 1.0)
+    for row in slower["results"]:
+        row["core_wait_share"] = 0.3
+    verdict = compare(slower)
+    assert verdict.status == "inconclusive"
+    assert any("other work had the cores now" in check.got for check in verdict.checks)
+    for row in slower["results"]:
+        row["core_wait_share"] = 0.05
+    assert compare(slower).status == "fail"
+
+
 def test_a_slower_peer_only_informs() -> None:
     verdict = compare(scaled(benchmark(), lambda row: 0.5 if row["runtime"] == "onnx-plain" else 1.0))
     assert verdict.status == "pass"
@@ -259,6 +271,18 @@ def test_run_gate_accepts_with_a_reason_only_and_then_passes(tmp_path: Path) -> 
     assert verdict.passed
     assert "the first" in verdict.text
     assert run_gate(workspace(tmp_path)).passed
+
+
+def test_a_disturbed_run_cannot_become_the_baseline(tmp_path: Path) -> None:
+    report = benchmark()
+    for row in report["results"][:2]:
+        row["core_wait_share"] = 0.5
+    write(tmp_path, report)
+    with pytest.raises(UsageError, match="2 of 16 results waited for a core more than 10%"):
+        run_gate(workspace(tmp_path), accept=True, reason="in haste")
+    report["results"][0]["core_wait_share"] = 0.01
+    write(tmp_path, report)
+    assert run_gate(workspace(tmp_path), accept=True, reason="one in sixteen").passed
 
 
 @pytest.mark.parametrize("harm", [make_wrong, lambda report: report["results"].clear()])

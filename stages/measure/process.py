@@ -1,4 +1,4 @@
-"""This process's memory, as Linux counts it."""
+"""This process as Linux counts it: the memory it takes, and how long its threads waited for a core."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
+TASKS = Path("/proc/self/task")
 
 
 def resident_mib() -> float:
@@ -22,6 +23,20 @@ def peak_mib() -> float:
 def reset_peak() -> None:
     """From now on `peak_mib` counts anew (Linux: writing 5 to clear_refs resets the high-water mark)."""
     CLEAR_REFS.write_text("5")
+
+
+def core_wait_s() -> float:
+    """Seconds that the threads of this process were ready to run while other work had the cores, since they began.
+
+    The second field of schedstat. On a machine that does nothing else it hardly grows.
+    """
+    waited = 0
+    for task in TASKS.iterdir():
+        try:
+            waited += int((task / "schedstat").read_text().split()[1])
+        except (FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            continue
+    return waited / 1e9
 
 
 def _status(name: str) -> float:
