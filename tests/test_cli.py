@@ -35,7 +35,7 @@ def test_pipeline_params_dvc_and_commands_are_the_same():
     dvc = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     names = [stage.name for stage in PIPELINE]
     assert [name for name in dvc if name in names] == names, "dvc.yaml has the stages in the pipeline's order"
-    assert set(dvc) - set(names) == {"machine", "conformance"}
+    assert set(dvc) - set(names) == {"machine", "portable", "conformance"}
     assert [name for name in params if name in names] == names
     for stage in PIPELINE:
         assert list(params[stage.name]) == [field.name for field in dataclasses.fields(stage.params)], stage.name
