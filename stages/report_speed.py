@@ -115,9 +115,7 @@ def fastest(rows: Sequence[Row], case: str, *, batch: int) -> Row | None:
 
 
 def label(row: Row) -> str:
-    if row["runtime"] != "engine":
-        return str(row["runtime"])
-    return f"engine {row['precision']}" + ("" if row["backend"] == "onnxruntime" else f" {row['backend']}")
+    return str(row["runtime"]) if row["runtime"] != "engine" else f"{row['backend']} {row['precision']}"
 
 
 def _ratio(row: Row) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
@@ -37,6 +39,27 @@ def core_wait_s() -> float:
         except (FileNotFoundError, ProcessLookupError):  # a thread that has just ended
             continue
     return waited / 1e9
+
+
+def wait_until_idle(limit_s: float) -> bool:
+    """Whether all threads but this one sleep; returns as soon as they do, or after `limit_s` with False.
+
+    A thread pool goes on spinning for some milliseconds after its work is done, and would take a core from the
+    process whose turn is next.
+    """
+    deadline = time.monotonic() + limit_s
+    while any(_is_running(task) for task in TASKS.iterdir() if task.name != str(threading.get_native_id())):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.0005)
+    return True
+
+
+def _is_running(task: Path) -> bool:
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0] == "R"
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        return False
 
 
 def _status(name: str) -> float:

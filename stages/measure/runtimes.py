@@ -133,6 +133,10 @@ def prepare(contestant: Contestant, threads: int) -> None:
         import vllm  # noqa: F401
     elif contestant.backend in BACKENDS:
         import_module(BACKENDS[contestant.backend])
+        if contestant.backend == "openvino":  # its CPU plugin, which a first model would load
+            import openvino
+
+            openvino.Core().get_property("CPU", "FULL_DEVICE_NAME")
     else:
         import torch
 

@@ -27,6 +27,7 @@ from stages.measure.requests import Request
 from stages.measure.runtimes import Contestant, Eager, Runtime, open_runtime, prepare
 from stages.measure.statistics import significant
 
+IDLE_SECONDS = 0.1  # a pool that spins longer than this after its work never sleeps at all
 LOG_TAIL = 1500  # characters of the log that go into an error message
 
 
@@ -123,7 +124,8 @@ class Seat:
     def time(self, entry: BenchmarkEntry, requests: Sequence[Request], *, wake: bool) -> tuple[list[float], float]:
         """Seconds of each request, and those its threads waited for a core meanwhile, together.
 
-        With `wake` the first request is answered once before, to bring back caches and threads.
+        With `wake` the first request is answered once before, to bring back caches and threads. The turn ends
+        when all threads sleep.
         """
         if wake:
             self.runtime.answer(entry, requests[0])
@@ -133,7 +135,9 @@ class Seat:
             started = time.perf_counter()
             self.runtime.answer(entry, request)
             seconds.append(time.perf_counter() - started)
-        return seconds, process.core_wait_s() - waited_before
+        waited = process.core_wait_s() - waited_before
+        process.wait_until_idle(IDLE_SECONDS)
+        return seconds, waited
 
     def slate_error(self, request: Request, slates: Array) -> float:
         """How far any item of these slates stands below the best choice, by eager PyTorch."""

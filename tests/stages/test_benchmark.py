@@ -187,6 +187,23 @@ def test_waiting_for_a_core_is_seen() -> None:
     assert 0.2 < share < 2.0
 
 
+def test_a_spinning_thread_is_waited_for() -> None:
+    assert process.wait_until_idle(1.0)
+    code = """
+import sys, threading, time
+from stages.measure import process
+stop = time.monotonic() + 0.3
+def spin():
+    while time.monotonic() < stop:
+        pass
+thread = threading.Thread(target=spin)
+thread.start()
+print(process.wait_until_idle(0.05), process.wait_until_idle(5.0), time.monotonic() >= stop)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True"]
+
+
 # ── right or wrong ──
 
 
