@@ -143,11 +143,11 @@ def accept_baseline(benchmark: Path, baseline: Path, params: GateParams, *, reas
             fix="python cli.py benchmark",
         )
     disturbed = [row for row in rows if is_disturbed(row)]
-    if 10 * len(disturbed) > len(rows):
+    if 2 * len(disturbed) > len(rows):  # the rest are marked, and the gate does not judge them
         raise UsageError(
             f"{benchmark}: measured while other work had the cores, so no standard for speed",
             got=f"{len(disturbed)} of {len(rows)} results waited for a core more than {MAX_CORE_WAIT:.0%} of the time",
-            expected="at most one in ten",
+            expected="at most one in two",
             fix="let the machine do nothing else and run: python cli.py benchmark",
         )
     kept = {
