@@ -118,18 +118,15 @@ class HSTUAttention(nn.Module):
         attended = attended + own.unsqueeze(-1) * cand_v
         return cand_u * layer_norm(attended.flatten(-2))
 
-    def extend(
-        self, uvqk: Tensor, cache: Tensor, buckets: Tensor, cached_lengths: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Gated output [B, E, H·dv] of E new events after a cached history, and their cache rows [B, E, H·(dqk+dv)].
+    def extend(self, uvqk: Tensor, cache: Tensor, buckets: Tensor, cached_lengths: Tensor, lengths: Tensor) -> Tensor:
+        """Gated output [B, E, H·dv] of E new events after a cached history.
 
         The sum over j needs no softmax, so the cached part and the new part simply add. uvqk [B, E, W] before
-        SiLU; cache [B, P, H·(dqk+dv)] holds k and v (after SiLU) of the events before; buckets int64
+        SiLU; cache [B, P, H·(dqk+dv)] holds the rows (`cache_rows`) of the events before; buckets int64
         [B, E, P+E]; cached_lengths and lengths int64 [B]: how many cached and new events each row has.
         """
         c = self.config
         u, v, q, k = self.split(uvqk)
-        rows = torch.cat([k.flatten(-2), v.flatten(-2)], dim=-1)
         cached_k, cached_v = cache.split([c.num_heads * c.qk_dim, c.num_heads * c.v_dim], dim=-1)
         heads = (c.num_heads, -1)
         past = torch.arange(cache.shape[1], device=uvqk.device)
@@ -147,15 +144,29 @@ class HSTUAttention(nn.Module):
         keys = torch.cat([torch.where(alive, cached_k, torch.zeros_like(cached_k)).unflatten(-1, heads), k], dim=1)
         values = torch.cat([torch.where(alive, cached_v, torch.zeros_like(cached_v)).unflatten(-1, heads), v], dim=1)
         attended = self.attend(q, keys, values, self.relative_bias(distance, buckets), mask)
-        return u * layer_norm(attended.flatten(-2)), rows
+        return u * layer_norm(attended.flatten(-2))
+
+    def cache_rows(self, uvqk: Tensor) -> Tensor:
+        """SiLU of k and v [B, E, H·(dqk+dv)] (`hstu.signature.CacheSpec`) from the projection [B, E, W]."""
+        hv, hqk = self.config.num_heads * self.config.v_dim, self.config.num_heads * self.config.qk_dim
+        _, v, _, k = uvqk.split([hv, hv, hqk, hqk], dim=-1)
+        return F.silu(torch.cat([k, v], dim=-1))
 
 
 class HSTUExtendAttention(nn.Module):
     """`HSTUAttention.extend` as a module without weights, so that an exported graph tells its nodes apart."""
 
-    def forward(self, attention: HSTUAttention, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, attention: HSTUAttention, *inputs: Tensor) -> Tensor:
         """What `attention.extend(*inputs)` returns."""
         return attention.extend(*inputs)
+
+
+class HSTUCacheRows(nn.Module):
+    """`HSTUAttention.cache_rows` as a module without weights, so that an exported graph tells its nodes apart."""
+
+    def forward(self, attention: HSTUAttention, uvqk: Tensor) -> Tensor:
+        """What `attention.cache_rows(uvqk)` returns."""
+        return attention.cache_rows(uvqk)
 
 
 class HSTUCandidateAttention(nn.Module):
@@ -175,6 +186,7 @@ class HSTULayer(nn.Module):
         self.attention = HSTUAttention(config)
         self.candidate_attention = HSTUCandidateAttention()
         self.extend_attention = HSTUExtendAttention()
+        self.cache_rows = HSTUCacheRows()
         self.output = nn.Linear(config.num_heads * config.v_dim, config.embedding_dim)
 
     def project(self, x: Tensor) -> Tensor:
@@ -289,8 +301,10 @@ class HSTU(nn.Module):
 
         cache: float32 [B, layers, P, H·(dqk+dv)], cached_timestamps int64 [B, P], cached_lengths int64 [B] of the
         events that already have a successor; `new` starts with the last event that had none (its row depends on
-        the time of what follows it) and holds at least one event a row. A cached length of 0 computes everything.
-        Also returns the new events' cache rows [B, layers, E, H·(dqk+dv)]: all but the last of a row may be kept.
+        the time of what follows it) and holds at least one event a row. A cached length of 0 computes everything
+        (P is 1 or more all the same).
+        Also returns the new events' cache rows [B, layers, E, H·(dqk+dv)], zero after the end of each history: all
+        but the last of a history may be kept.
         """
         steps = torch.arange(new.item_ids.shape[1], device=cache.device)
         position = (cached_lengths.unsqueeze(1) + steps).clamp(max=self.config.max_length - 1)
@@ -298,19 +312,19 @@ class HSTU(nn.Module):
         before = torch.cat([last_cached, new.timestamps[:, :-1]], dim=1)
         gaps = torch.where(position > 0, new.timestamps - before, torch.zeros_like(before))
         x = self.embed(new.item_ids, position, new.actions, gaps)
-        x = x * (steps < new.lengths.unsqueeze(1)).unsqueeze(-1).to(x.dtype)
+        inside = (steps < new.lengths.unsqueeze(1)).unsqueeze(-1).to(x.dtype)
+        x = x * inside
         times = torch.cat([cached_timestamps, new.timestamps], dim=1)
         buckets = time_buckets(new.next_timestamps.unsqueeze(2) - times.unsqueeze(1))
         rows = []
         for index, layer in enumerate(self.layers):
-            gated, layer_rows = layer.extend_attention(
-                layer.attention, layer.project(x), cache[:, index], buckets, cached_lengths, new.lengths
-            )
-            rows.append(layer_rows)
+            uvqk = layer.project(x)
+            rows.append(layer.cache_rows(layer.attention, uvqk))
+            gated = layer.extend_attention(layer.attention, uvqk, cache[:, index], buckets, cached_lengths, new.lengths)
             x = x + layer.output(gated)
         embedding = self.user_embedding(x, new.lengths)
         scores, columns = self.item_scores(embedding).topk(num_results(self.config))
-        return embedding, columns + 1, scores, torch.stack(rows, dim=1)
+        return embedding, columns + 1, scores, torch.stack(rows, dim=1) * inside.unsqueeze(1)
 
     def rank_logits(
         self, history: History, candidate_ids: Tensor, *, position: Tensor | None = None, time: Tensor | None = None

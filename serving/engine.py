@@ -80,10 +80,11 @@ def read_spec(folder: Path) -> EngineSpec:
         raise ArtifactError(f"{folder}: not an engine ({error})", fix="run build-engine again") from None
 
 
-def check_feeds(config: HSTUConfig, name: EntryName, feeds: Mapping[str, Array]) -> None:
+def check_feeds(config: HSTUConfig, name: EntryName, feeds: Mapping[str, Array], *, finite: bool = False) -> None:
     """Every input is there with the right dtype, shape and values, or InputError says which is not.
 
-    Ids inside a history must be 1..num_items and timestamps must not fall; rows of length 0 are allowed.
+    Ids inside a history must be 1..num_items and timestamps must not fall; rows of length 0 are allowed, but for
+    `extend`. A cache must be finite up to its end; `finite` says that this is known (reading all of it takes time).
     """
     if name not in entry_names(config):
         raise InputError(f"this model has no {name!r} entry", expected=", ".join(entry_names(config)))
@@ -104,26 +105,77 @@ def check_feeds(config: HSTUConfig, name: EntryName, feeds: Mapping[str, Array])
                 raise InputError(
                     f"{name}: input {spec.name!r} has the wrong shape", got=list(value.shape), expected=list(spec.shape)
                 )
-    if not 1 <= letters["L"] <= config.max_history:
+    padded, least = (letters["E"], 1) if name == "extend" else (letters["L"], 0)
+    if not 1 <= padded <= config.max_history:
         raise InputError(
             f"{name}: histories of this length do not fit the model",
-            got=letters["L"],
+            got=padded,
             expected=f"1..{config.max_history}",
             fix="keep the newest events",
         )
     lengths = feeds["lengths"]
-    if lengths.size and not (0 <= lengths.min() and lengths.max() <= letters["L"]):
-        raise InputError(f"{name}: lengths out of range", got=lengths.tolist(), expected=f"0..{letters['L']}")
-    inside = np.arange(letters["L"]) < lengths[:, None]
+    if lengths.size and not (least <= lengths.min() and lengths.max() <= padded):
+        raise InputError(f"{name}: lengths out of range", got=lengths.tolist(), expected=f"{least}..{padded}")
+    inside = np.arange(padded) < lengths[:, None]
     _check_range(name, "item_ids", feeds["item_ids"][inside], 1, config.num_items)
     if "actions" in feeds:
         _check_range(name, "actions", feeds["actions"][inside], 0, config.num_actions - 1)
     if "candidate_ids" in feeds:
         _check_range(name, "candidate_ids", feeds["candidate_ids"], 1, config.num_items)
-    falls = (np.diff(feeds["timestamps"], axis=1) < 0) & inside[:, 1:]
+    _check_times(name, feeds["timestamps"], inside)
+    if name == "extend":
+        _check_cache(config, feeds, finite=finite)
+
+
+def _check_cache(config: HSTUConfig, feeds: Mapping[str, Array], *, finite: bool) -> None:
+    """Cached and new events together are one history that fits the model; rows of the cache are numbers."""
+    times, cached, lengths = feeds["cached_timestamps"], feeds["cached_lengths"], feeds["lengths"]
+    positions = times.shape[1]
+    if not 1 <= positions <= config.max_history:
+        raise InputError(
+            "extend: a cache of this many positions does not fit the model",
+            got=positions,
+            expected=f"1..{config.max_history} (of an empty cache 1, which is not read)",
+        )
+    if cached.size and not (0 <= cached.min() and cached.max() <= positions):
+        raise InputError("extend: cached_lengths out of range", got=cached.tolist(), expected=f"0..{positions}")
+    if (cached + lengths).max(initial=0) > config.max_history:
+        raise InputError(
+            "extend: cached and new events together do not fit the model",
+            got=(cached + lengths).tolist(),
+            expected=f"at most {config.max_history}",
+            fix="compute the newest events anew, with cached_lengths 0: positions are absolute, so no row can move",
+        )
+    _check_times("extend", times, np.arange(positions) < cached[:, None])
+    some = np.flatnonzero(cached)
+    before = times[some, cached[some] - 1] > feeds["timestamps"][some, 0]
+    if before.any():
+        raise InputError(
+            "extend: new events are older than cached ones",
+            got=f"in rows {some[before].tolist()}",
+            fix="compute the whole history anew when events arrive late",
+        )
+    wrong = [] if finite else [row for row in some.tolist() if not _finite(feeds["cache"][row, :, : cached[row]])]
+    if wrong:
+        raise InputError(
+            "extend: a cache holds what is not a number",
+            got=f"NaN or infinity in rows {wrong}",
+            fix="drop it and compute the history anew",
+        )
+
+
+def _finite(rows: Array) -> bool:
+    """Whether all values of float32 [layers, P, ·] are; sums tell without a mask as large as the rows."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = [float(layer.sum(dtype=np.float32)) for layer in rows]
+    return bool(np.isfinite(sums).all() or np.isfinite(rows).all())  # large finite values may overflow a sum
+
+
+def _check_times(entry_name: str, times: Array, inside: Array) -> None:
+    falls = (np.diff(times, axis=1) < 0) & inside[:, 1:]
     if falls.any():
         raise InputError(
-            f"{name}: timestamps fall within a history",
+            f"{entry_name}: timestamps fall within a history",
             got=f"in rows {np.unique(np.nonzero(falls)[0]).tolist()}",
             fix="sort each history by time, oldest first",
         )

@@ -38,31 +38,37 @@ def check_independent(engine: Engine, name: EntryName, feeds: Mapping[str, Array
     """
     together = engine.run(name, feeds)
     signature = entry(engine.config, name)
-    padded = {spec.name for spec in signature.inputs if "L" in spec.shape}
+    letters = {spec.name: spec.shape for spec in signature.inputs}
     worst = 0.0
-    for row, length in enumerate(feeds["lengths"].tolist()):
+    for row in range(len(feeds["lengths"])):
+        length = max(1, int(feeds["lengths"][row]))
+        sizes = {"L": length, "E": length, "P": max(1, int(feeds["cached_lengths"][row])) if name == "extend" else 1}
         mates = {key: np.repeat(values[row : row + 1], len(values), axis=0) for key, values in feeds.items()}
-        alone = {
-            key: values[row : row + 1, : max(1, length)] if key in padded else values[row : row + 1]
-            for key, values in feeds.items()
-        }
-        moved = _difference(engine, name, engine.run(name, mates), together, row, row)
+        alone = {key: _row(value, letters[key], row, sizes) for key, value in feeds.items()}
+        moved = _difference(engine, name, engine.run(name, mates), together, row, row, {})
         if not moved <= NOISE:
             raise _dependence(engine, name, f"with other mates it moves by {moved:.3g}", NOISE)
-        worst = max(worst, _difference(engine, name, engine.run(name, alone), together, 0, row))
+        worst = max(worst, _difference(engine, name, engine.run(name, alone), together, 0, row, sizes))
     if not worst <= limit:
         raise _dependence(engine, name, f"it differs by {worst:.3g} from the answer alone", limit)
     return worst
 
 
 def _difference(
-    engine: Engine, name: EntryName, answers: Mapping[str, Array], together: Mapping[str, Array], row: int, of: int
+    engine: Engine,
+    name: EntryName,
+    answers: Mapping[str, Array],
+    together: Mapping[str, Array],
+    row: int,
+    of: int,
+    sizes: Mapping[str, int],
 ) -> float:
-    """The largest difference of a float output between `row` of some answers and row `of` of others."""
+    """The largest difference of a float output between `row` of some answers and row `of` of others, cut to `sizes`."""
     found = 0.0
     for spec in entry(engine.config, name).outputs:
         if spec.dtype == "float32":
-            difference = float(np.abs(answers[spec.name][row] - together[spec.name][of]).max(initial=0.0))
+            others = _row(together[spec.name], spec.shape, of, sizes)
+            difference = float(np.abs(answers[spec.name][row : row + 1] - others).max(initial=0.0))
             found = max(found, difference if np.isfinite(difference) else float("inf"))
     return found
 
@@ -74,3 +80,9 @@ def _dependence(engine: Engine, name: EntryName, got: str, limit: float) -> Gate
         expected=f"at most {limit:g}",
         fix="build this engine with another backend or precision",
     )
+
+
+def _row(values: Array, shape: tuple[int | str, ...], row: int, sizes: Mapping[str, int]) -> Array:
+    """One user of a batch, cut to the user's own sizes where the letters of `shape` are among them."""
+    ends = (sizes.get(letter) if isinstance(letter, str) else None for letter in shape[1:])
+    return np.ascontiguousarray(values[(slice(row, row + 1), *(slice(end) for end in ends))])

@@ -18,7 +18,9 @@ HISTORY_BUCKETS = "history_buckets"  # uint8 [B, L, L]: t_{i+1} - t_j for j <= i
 QUERY_BUCKETS = "query_buckets"  # uint8 [B, 1, L]: query time - t_j
 GAP_ROWS = "gap_rows"  # int32 [B, L]: row of the gap table for t_i - t_{i-1}
 CANDIDATE_GAP_ROWS = "candidate_gap_rows"  # int32 [B, C]: row of the gap table for query time - last event
-NAMES = (HISTORY_BUCKETS, QUERY_BUCKETS, GAP_ROWS, CANDIDATE_GAP_ROWS)
+EXTEND_BUCKETS = "extend_buckets"  # uint8 [B, E, P+E]: t_{i+1} of new events - t_j of cached, then of new ones
+EXTEND_QUERY_BUCKETS = "extend_query_buckets"  # uint8 [B, 1, P+E]: query time - t_j of the same
+NAMES = (HISTORY_BUCKETS, QUERY_BUCKETS, GAP_ROWS, CANDIDATE_GAP_ROWS, EXTEND_BUCKETS, EXTEND_QUERY_BUCKETS)
 
 Buckets = Callable[[Array, Array, bool], Array]  # start [B, Q], end [B, T], causal → uint8 [B, Q, T]
 
@@ -29,23 +31,39 @@ def time_features(
     """The wanted features of the feeds of an entry (`hstu.signature`), as `hstu.model` defines them."""
     times, lengths, query = feeds["timestamps"], feeds["lengths"], feeds["query_time"]
     features: dict[str, Array] = {}
-    if HISTORY_BUCKETS in wanted:
+    if wanted & {HISTORY_BUCKETS, EXTEND_BUCKETS}:
         following = np.zeros_like(times)
         following[:, :-1] = times[:, 1:]
         rows = np.flatnonzero(lengths)
         following[rows, lengths[rows] - 1] = query[rows]
-        features[HISTORY_BUCKETS] = buckets(following, np.ascontiguousarray(times), True)
+        if HISTORY_BUCKETS in wanted:
+            features[HISTORY_BUCKETS] = buckets(following, np.ascontiguousarray(times), True)
+    if wanted & {EXTEND_BUCKETS, EXTEND_QUERY_BUCKETS}:
+        every = np.concatenate([_cached_times(feeds), times], axis=1)
+        if EXTEND_BUCKETS in wanted:
+            features[EXTEND_BUCKETS] = buckets(following, every, False)
+        if EXTEND_QUERY_BUCKETS in wanted:
+            features[EXTEND_QUERY_BUCKETS] = buckets(query[:, None].copy(), every, False)
     if QUERY_BUCKETS in wanted:
         features[QUERY_BUCKETS] = buckets(query[:, None].copy(), np.ascontiguousarray(times), False)
     if GAP_ROWS in wanted:
         gaps = np.zeros_like(times)
         gaps[:, 1:] = times[:, 1:] - times[:, :-1]
+        if "cached_lengths" in feeds:
+            rows = np.flatnonzero(feeds["cached_lengths"])
+            gaps[rows, 0] = times[rows, 0] - feeds["cached_timestamps"][rows, feeds["cached_lengths"][rows] - 1]
         features[GAP_ROWS] = _gap_rows(config, gaps, buckets)
     if CANDIDATE_GAP_ROWS in wanted:
         last = np.take_along_axis(times, np.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
         rows = _gap_rows(config, np.where(lengths > 0, query - last, 0)[:, None], buckets)
         features[CANDIDATE_GAP_ROWS] = np.repeat(rows, feeds["candidate_ids"].shape[1], axis=1)
     return features
+
+
+def _cached_times(feeds: Mapping[str, Array]) -> Array:
+    """Times of cached events int64 [B, P], 0 after the end of each cache."""
+    times = feeds["cached_timestamps"]
+    return np.where(np.arange(times.shape[1]) < feeds["cached_lengths"][:, None], times, 0)
 
 
 def _gap_rows(config: HSTUConfig, gaps: Array, buckets: Buckets) -> Array:

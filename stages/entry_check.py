@@ -12,7 +12,7 @@ import onnxruntime
 from hstu.config import HSTUConfig
 from hstu.data.histories import Histories
 from hstu.errors import GateError
-from hstu.signature import EntryName
+from hstu.signature import EntryName, cache_spec
 from hstu.tolerances import TOLERANCES
 from serving.engine import Array
 from serving.engines.onnxruntime import PROVIDER, session_options
@@ -29,11 +29,18 @@ class Case:
 
 
 def random_feeds(
-    config: HSTUConfig, name: EntryName, lengths: list[int], *, num_candidates: int = 1, seed: int = 0
+    config: HSTUConfig,
+    name: EntryName,
+    lengths: list[int],
+    *,
+    num_candidates: int = 1,
+    seed: int = 0,
+    run: RunEntry | None = None,
 ) -> dict[str, Array]:
     """Valid inputs of an entry: random items and actions, times from seconds to years apart, some at once.
 
-    Every third user comes without a query time.
+    Every third user comes without a query time. For `extend` some of each history is cached, of the first user
+    nothing; the rows are those that `run`, the entry of some runtime, gives, or random ones; NaN after their end.
     """
     rng = np.random.default_rng(seed)
     total, num_users = sum(lengths), len(lengths)
@@ -54,14 +61,51 @@ def random_feeds(
     feeds: dict[str, Array] = dict(histories.feeds(config))
     if name == "rank":
         feeds["candidate_ids"] = rng.integers(1, config.num_items + 1, size=(num_users, num_candidates))
+    if name == "extend":
+        cached = rng.integers(0, np.array(lengths))
+        cached[:1] = 0
+        whole, feeds = feeds, split_feeds(feeds, cached)
+        shape = num_users, *cache_spec(config).shape(feeds["cached_timestamps"].shape[1])
+        rows = rng.normal(0.0, 0.5, size=shape) if run is None else cache_from(whole, shape, run)
+        after = np.arange(rows.shape[2]) >= cached[:, None]
+        feeds["cache"] = np.where(after[:, None, :, None], np.nan, rows).astype(np.float32)
     return feeds
 
 
-def check_batches(config: HSTUConfig, name: EntryName, *, seed: int) -> Iterator[dict[str, Array]]:
+def cache_from(feeds: Mapping[str, Array], shape: tuple[int, ...], run: RunEntry) -> Array:
+    """float32 [B, layers, P, ·]: the rows that `run` gives of the first P events of histories, inputs of `retrieve`."""
+    everything = split_feeds(feeds, np.zeros_like(feeds["lengths"]))
+    nothing = np.full((shape[0], shape[1], 1, shape[3]), np.nan, np.float32)
+    rows: Array = run(everything | {"cache": nothing})["cache_rows"]
+    return rows[:, :, : shape[2]]
+
+
+def split_feeds(feeds: Mapping[str, Array], cached: Array) -> dict[str, Array]:
+    """Inputs of `retrieve` as those of `extend`, the cache apart: the first `cached` int64 [B] events are in it."""
+
+    def part(values: Array, start: Array, stop: Array) -> Array:
+        width = max(1, int((stop - start).max(initial=0)))
+        index = start[:, None] + np.arange(width)
+        taken = np.take_along_axis(values, np.minimum(index, values.shape[1] - 1), axis=1)
+        return np.where(index < stop[:, None], taken, 0)
+
+    lengths, none = feeds["lengths"], np.zeros_like(cached)
+    new = {key: part(value, cached, lengths) for key, value in feeds.items() if value.ndim == 2}
+    times = {"cached_timestamps": part(feeds["timestamps"], none, cached), "cached_lengths": cached}
+    return {**new, "lengths": lengths - cached, "query_time": feeds["query_time"], **times}
+
+
+def check_batches(
+    config: HSTUConfig, name: EntryName, *, seed: int, run: RunEntry | None = None
+) -> Iterator[dict[str, Array]]:
     """Batches that reach every corner of the dynamic shapes: one event alone, mixed lengths with an empty history,
-    the longest history there may be."""
+    the longest history there may be; for `extend` nothing cached, mixed, all new beside much cached (by `run`)."""
     longest = config.max_history
     middle = min(longest, 48)
+    if name == "extend":
+        for row, lengths in enumerate(([1], [2, middle, 1, middle // 2, min(longest, 7)], [longest, longest])):
+            yield random_feeds(config, name, [max(1, length) for length in lengths], seed=seed + row, run=run)
+        return
     yield random_feeds(config, name, [1], num_candidates=1, seed=seed)
     yield random_feeds(config, name, [middle, 1, middle // 2, 0, min(longest, 7)], num_candidates=17, seed=seed + 1)
     yield random_feeds(config, name, [longest, max(1, longest // 3)], num_candidates=3, seed=seed + 2)

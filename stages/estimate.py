@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from hstu.config import TASKS, HSTUConfig
 from hstu.errors import UsageError
-from hstu.signature import MAX_BATCH, MAX_CANDIDATES, EntryName, entry_names
+from hstu.signature import MAX_BATCH, MAX_CANDIDATES, CacheForm, EntryName, cache_spec, entry_names
 from stages.devices import HERE, Device, device
 from stages.footprint import (
     WIDTH,
@@ -88,7 +88,9 @@ def estimate(
     total = sum(part.parameters for part in parts)
     usable = int(place.memory_bytes * USABLE)
     served = sum(serving_bytes(part, kind) for part in parts if not part.name.startswith("head")) + 4 * config.num_items
-    entries = {name: _entry(config, name, kind, batch, length, candidates, place) for name in entry_names(config)}
+    names = [name for name in entry_names(config) if name != "extend"]
+    entries = {name: _entry(config, name, kind, batch, length, candidates, place) for name in names}
+    rows = cache_spec(config)
     return {
         "config": config.to_dict() | {"uvqk_dim": config.uvqk_dim, "max_length": config.max_length},
         "precision": kind,
@@ -122,6 +124,7 @@ def estimate(
         "kv_cache": kv_cache(
             config, kind, length=length, block_size=block_size, free_bytes=usable - served - WORKSPACE_BYTES
         ),
+        "user_state": {form: rows.bytes_per_user(form, length - 1) for form in get_args(CacheForm)},
         "fits": all(found["fits"] for found in entries.values()),
         "assumptions": _assumptions(kind),
     }
@@ -266,6 +269,8 @@ def render(found: dict[str, Any]) -> str:
         f"KV cache  {_size(cache['bytes_per_token'])} a token, {_size(cache['bytes_per_user'])} a user of "
         f"{found['length']} events; {cache['blocks']:,} blocks of "
         f"{cache['block_size_tokens']} hold {cache['users']:,} users",
+        "state     of a returning user (engines' entry extend): "
+        + ", ".join(f"{form} {_size(size)}" for form, size in found["user_state"].items()),
         "",
         *(f"assumed: {text}" for text in found["assumptions"]),
     ]

@@ -36,6 +36,8 @@ class EntryModule(nn.Module):
         history = history_from_feeds(feeds)
         if self.name == "rank":
             return self.model.rank(history, feeds["candidate_ids"])
+        if self.name == "extend":
+            return self.model.extend(history, feeds["cache"], feeds["cached_timestamps"], feeds["cached_lengths"])
         return self.model.retrieve(history)
 
 
@@ -48,13 +50,18 @@ def export_entry(model: HSTU, name: EntryName, *, opset: int, writer: WeightsWri
     signature = entry(model.config, name)
     lengths = [min(length, model.config.max_history) for length in _TRACED_LENGTHS]
     feeds = random_feeds(model.config, name, lengths, num_candidates=6)
-    letters = {letter: torch.export.Dim(letter) for spec in signature.inputs for letter in spec.shape}
-    shapes = {spec.name: {axis: letters[letter] for axis, letter in enumerate(spec.shape)} for spec in signature.inputs}
+    letters = {
+        size: torch.export.Dim(size) for spec in signature.inputs for size in spec.shape if isinstance(size, str)
+    }
+    shapes = {
+        spec.name: {axis: letters[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+        for spec in signature.inputs
+    }
     # Sizes 0 and 1 are treated as any other (otherwise a graph is traced that holds from size 2 on).
     with _quiet(), torch.fx.experimental._config.patch(backed_size_oblivious=True):
         traced = torch.export.export(
             EntryModule(model, name).eval(),
-            ({key: torch.as_tensor(value) for key, value in feeds.items()},),
+            ({spec.name: torch.as_tensor(feeds[spec.name]) for spec in signature.inputs},),
             dynamic_shapes=(shapes,),
             prefer_deferred_runtime_asserts_over_guards=True,
         )

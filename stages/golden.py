@@ -20,6 +20,7 @@ def write_golden(checkpoint: Artifact, folder: Path, *, num_histories: int) -> N
     """Write `inputs.npz` and `outputs.npz` (arrays named `<entry>/<tensor>`) of held-out histories.
 
     The histories are the first `num_histories` of the checkpoint's evaluation split, cut to what the model takes.
+    `extend` needs none: what it must answer to a returning user is what `retrieve` answers.
     """
     config = HSTUConfig.from_pretrained(checkpoint.path)
     evaluation = Histories.load(checkpoint.file("evaluation.npz"))
@@ -29,6 +30,8 @@ def write_golden(checkpoint: Artifact, folder: Path, *, num_histories: int) -> N
     inputs: dict[str, Array] = {}
     outputs: dict[str, Array] = {}
     for entry in entry_names(config):
+        if entry == "extend":
+            continue
         feeds: dict[str, Array] = dict(histories.feeds(config))
         if entry == "rank":
             feeds["candidate_ids"] = spread_candidates(config, histories)

@@ -165,13 +165,20 @@ def _limits(artifact: Artifact, name: str, precision: str) -> Tolerance:
 
 def _replay_engine(name: str, engine: Engine, golden: Golden, tolerance: Tolerance) -> dict[str, Any]:
     from serving.engine import check_feeds
+    from stages.returning import histories_from_feeds, returning_answers
 
     entries: dict[str, dict[str, float]] = {}
     try:
-        for entry, feeds in golden["inputs"].items():
-            check_feeds(engine.config, entry, feeds)  # type: ignore[arg-type]
-            answers = engine.run(entry, feeds)  # type: ignore[arg-type]
-            figures = compare(answers, golden["outputs"].get(entry, {}), tolerance.max_abs_error)
+        inputs = dict(golden["inputs"])
+        inputs["extend"] = inputs["retrieve"]  # the same users, coming back
+        for entry, feeds in inputs.items():
+            if entry == "extend":
+                answers = returning_answers(engine, histories_from_feeds(feeds))
+            else:
+                check_feeds(engine.config, entry, feeds)  # type: ignore[arg-type]
+                answers = engine.run(entry, feeds)  # type: ignore[arg-type]
+            expected = golden["outputs"].get("retrieve" if entry == "extend" else entry, {})
+            figures = compare(answers, expected, tolerance.max_abs_error)
             within = figures["max_abs_error"] <= tolerance.max_abs_error  # False for NaN
             within &= figures.get("min_cosine", 1.0) >= tolerance.min_cosine
             within &= figures.get("top10_overlap", 1.0) >= tolerance.min_top10_overlap

@@ -66,7 +66,8 @@ public:
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
         auto clone = std::make_shared<Attention>();
-        clone->m_call = m_call, clone->m_function = m_function, clone->m_v_offset = m_v_offset, clone->m_k_offset = m_k_offset;
+        clone->m_call = m_call, clone->m_function = m_function, clone->m_layer = m_layer;
+        clone->m_v_offset = m_v_offset, clone->m_k_offset = m_k_offset;
         clone->set_arguments(inputs);
         clone->constructor_validate_and_infer_types();
         return clone;
@@ -77,6 +78,7 @@ public:
         visitor.on_attribute("function", m_function);
         visitor.on_attribute("v_offset", m_v_offset);
         visitor.on_attribute("k_offset", m_k_offset);
+        visitor.on_attribute("layer", m_layer);
         return true;
     }
 
@@ -108,11 +110,16 @@ public:
             c.prefix_lengths = seen.data();
         } else {
             c.u = rows_of(rows, 0), c.v = rows_of(rows, hv), c.q = rows_of(rows, 2 * hv), c.k = rows_of(rows, 2 * hv + hqk);
-            const bool causal = c.mode == hstu::kCausal;
-            set_buckets(c, inputs[causal ? 1 : 2]);
-            positions = integers(inputs[causal ? 2 : 3]);
+            const bool causal = c.mode == hstu::kCausal, cached = inputs.size() == 5;  // of a history that is extended
+            set_buckets(c, inputs[causal && !cached ? 1 : 2]);
+            positions = integers(inputs.back());
             if (causal) {
                 c.lengths = positions.data();
+                if (cached) {
+                    set_cache(c, inputs[1]);
+                    seen = integers(inputs[3]);
+                    c.prefix_lengths = seen.data();
+                }
             } else {
                 set_prefix(c, inputs[0], m_k_offset, m_v_offset);
                 c.positions = c.prefix_lengths = positions.data(), c.position_batch_stride = 1;
@@ -124,7 +131,7 @@ public:
     }
 
 private:
-    int64_t m_call = 0, m_function = 0, m_v_offset = 0, m_k_offset = 0;
+    int64_t m_call = 0, m_function = 0, m_v_offset = 0, m_k_offset = 0, m_layer = 0;
 
     const hstu::Call& call() const { return *reinterpret_cast<const hstu::Call*>(m_call); }
     size_t rows_input() const { return call().mode == hstu::kCandidates ? 1 : 0; }
@@ -132,6 +139,16 @@ private:
     static void set_prefix(hstu::Call& c, const ov::Tensor& tensor, int64_t k_column, int64_t v_column) {
         c.prefix_rows = static_cast<int64_t>(tensor.get_shape()[1]), c.prefix_type = float_type(tensor);
         c.prefix_k = rows_of(tensor, k_column), c.prefix_v = rows_of(tensor, v_column);
+    }
+
+    // This layer's rows of a cache [batch, layers, rows, k and v], where they lie.
+    void set_cache(hstu::Call& c, const ov::Tensor& tensor) const {
+        const auto& shape = tensor.get_shape();
+        const auto rows = static_cast<int64_t>(shape[2]), width = static_cast<int64_t>(shape[3]);
+        const int64_t first = m_layer * rows * width, user = static_cast<int64_t>(shape[1]) * rows * width;
+        c.prefix_rows = c.own_bucket_column = rows, c.prefix_type = float_type(tensor), c.prefix_activated = 1;
+        c.prefix_k = {at(tensor, first), width, user};
+        c.prefix_v = {at(tensor, first + c.heads * c.qk_dim), width, user};
     }
 
     static void set_buckets(hstu::Call& c, const ov::Tensor& tensor) {

@@ -201,10 +201,11 @@ class Attention:
 
     @staticmethod
     def _set_prefix(call: Call, rows: Array, k_column: int, v_column: int, lengths: Array) -> None:
-        data, size, (_, count, width) = address(rows, rows.dtype), rows.itemsize, rows.shape
+        size, (_, count, width) = rows.itemsize, rows.shape
+        data = address(rows[:1], rows.dtype)  # of each user; users may stand apart, as one layer's rows of a cache do
         call.prefix_rows, call.prefix_type = count, float_type(rows)
-        call.prefix_k = data + k_column * size, width, count * width
-        call.prefix_v = data + v_column * size, width, count * width
+        call.prefix_k = data + k_column * size, width, rows.strides[0] // size
+        call.prefix_v = data + v_column * size, width, rows.strides[0] // size
         call.prefix_lengths = address(lengths, np.int64)
 
     @staticmethod

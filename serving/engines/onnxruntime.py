@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,7 +23,11 @@ _CANNOT_LOAD = (  # ONNX Runtime's errors share no base class
 
 
 class OnnxRuntimeEngine:
-    """One session per entry of the model in `folder`, on `threads` threads; threads sleep between requests."""
+    """One session per entry of the model in `folder`, on `threads` threads; threads sleep between requests.
+
+    A session has weights of its own. That of `extend`, which only those who keep states ask for, is opened when
+    it is first asked for.
+    """
 
     backend = "onnxruntime"
 
@@ -34,22 +39,32 @@ class OnnxRuntimeEngine:
             raise ArtifactError(
                 f"{folder}: engine.json lacks entries of this model", got=sorted(spec.entries), expected=missing
             )
-        options = session_options(threads or len(os.sched_getaffinity(0)))
-        self._sessions = {name: _open_session(folder / file, options) for name, file in spec.entries.items()}
+        self._options = session_options(threads or len(os.sched_getaffinity(0)))
+        self._files = {name: folder / file for name, file in spec.entries.items()}
+        self._opening = threading.Lock()
+        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        for name in spec.entries:
+            if name != "extend":
+                self._session(name)
         self._outputs = {name: [o.name for o in entry(self.config, name).outputs] for name in entry_names(self.config)}
 
     def run(self, entry: EntryName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The entry's outputs by name. Feeds must have passed `check_feeds`."""
-        if entry not in self._sessions:
-            raise InputError(
-                f"this engine has no {entry!r} entry", expected=", ".join(self._sessions) or "an open engine"
-            )
+        if entry not in self._files:
+            raise InputError(f"this engine has no {entry!r} entry", expected=", ".join(self._files) or "an open engine")
         names = self._outputs[entry]
-        return dict(zip(names, self._sessions[entry].run(names, dict(feeds)), strict=True))
+        return dict(zip(names, self._session(entry).run(names, dict(feeds)), strict=True))
 
     def close(self) -> None:
         """Release memory and threads; the engine must not be used after."""
+        self._files.clear()
         self._sessions.clear()
+
+    def _session(self, name: str) -> onnxruntime.InferenceSession:
+        with self._opening:
+            if name not in self._sessions:
+                self._sessions[name] = _open_session(self._files[name], self._options)
+            return self._sessions[name]
 
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:

@@ -30,7 +30,11 @@ _EDGES = np.array([0, *THRESHOLDS, 2**63 - 1], dtype=np.int64)
 
 
 class OpenVinoEngine:
-    """One compiled model per entry; all of them, and the attention kernel, share OpenVINO's one pool of threads."""
+    """One compiled model per entry; all of them, and the attention kernel, share OpenVINO's one pool of threads.
+
+    A compiled model has weights of its own. That of `extend`, which only those who keep states ask for, is
+    compiled when it is first asked for.
+    """
 
     backend = "openvino"
 
@@ -44,29 +48,25 @@ class OpenVinoEngine:
             )
         self._library = _open_library(folder)
         self.operations = _open_operations(folder)
-        self._lock = threading.Lock()  # one request uses all threads; another waits
+        self._lock = threading.RLock()  # one request uses all threads; another waits
         self.compiled: dict[str, openvino.CompiledModel] = {}
         self._requests: dict[str, openvino.InferRequest] = {}
         self._inputs: dict[str, list[str]] = {}
         self._fixed: dict[str, dict[str, Array]] = {}
         self._outputs = {name: [o.name for o in entry(self.config, name).outputs] for name in entry_names(self.config)}
-        core = openvino.Core()
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._files = {name: folder / spec.entries[name] for name in entry_names(self.config)}
         for name in entry_names(self.config):
-            path = folder / spec.entries[name]
-            model, self._fixed[name] = read_model(path, self._library, self.operations)
-            compiled = core.compile_model(model, "CPU", properties(threads or len(os.sched_getaffinity(0))))
-            self.compiled[name] = compiled
-            self._inputs[name] = [port.any_name for port in compiled.inputs]
-            self._requests[name] = compiled.create_infer_request()
-            self.run(name, _one_event(self.config, name))  # weights are packed when they are first used
-        _release_pages(folder)
+            if name != "extend":
+                self._compile(name)
 
     def run(self, entry: EntryName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The entry's outputs by name. Feeds must have passed `check_feeds`."""
-        if entry not in self._requests:
-            raise InputError(
-                f"this engine has no {entry!r} entry", expected=", ".join(self._requests) or "an open engine"
-            )
+        if entry not in self._files:
+            raise InputError(f"this engine has no {entry!r} entry", expected=", ".join(self._files) or "an open engine")
+        with self._lock:
+            if entry not in self._requests:
+                self._compile(entry)
         names = self._inputs[entry]
         features = time_features(self.config, feeds, frozenset(names) & frozenset(NAMES), self._buckets)
         given = {**feeds, **features, **self._fixed[entry]}
@@ -78,8 +78,17 @@ class OpenVinoEngine:
 
     def close(self) -> None:
         """Release memory and threads; the engine must not be used after."""
+        self._files.clear()
         self._requests.clear()
         self.compiled.clear()
+
+    def _compile(self, name: EntryName) -> None:
+        model, self._fixed[name] = read_model(self._files[name], self._library, self.operations)
+        self.compiled[name] = openvino.Core().compile_model(model, "CPU", properties(self._threads))
+        self._inputs[name] = [port.any_name for port in self.compiled[name].inputs]
+        self._requests[name] = self.compiled[name].create_infer_request()
+        self.run(name, _one_event(self.config, name))  # weights are packed when they are first used
+        _release_pages(self._files[name].parent)
 
     def _buckets(self, start: Array, end: Array, causal: bool) -> Array:
         return time_buckets(self._library, start, end, _EDGES, causal=causal, threaded=False)
@@ -102,7 +111,9 @@ def _one_event(config: HSTUConfig, name: EntryName) -> dict[str, Array]:
     """The smallest request of an entry."""
     ones = {"item_ids", "lengths", "candidate_ids"}
     return {
-        spec.name: np.full([1] * len(spec.shape), int(spec.name in ones), dtype=spec.dtype)
+        spec.name: np.full(
+            [size if isinstance(size, int) else 1 for size in spec.shape], int(spec.name in ones), dtype=spec.dtype
+        )
         for spec in entry(config, name).inputs
     }
 

@@ -32,13 +32,9 @@ from kernels.item_head.cpu import ItemHead
 from serving import time_features
 from serving.engines.openvino_ops import FUNCTIONS, AttentionCall, HeadCall, Operations
 
-_TIMES = ("timestamps", "query_time")
+_TIMES = ("timestamps", "query_time", "cached_timestamps")
 _ITEM_SCALE = "item_scale"
-_TYPES = {
-    time_features.HISTORY_BUCKETS: Type.u8,
-    time_features.QUERY_BUCKETS: Type.u8,
-    _ITEM_SCALE: Type.f32,
-}
+_TYPES = {name: Type.u8 for name in time_features.NAMES if name.endswith("_buckets")} | {_ITEM_SCALE: Type.f32}
 _CALL = "hstu_call"  # the rt_info under which an operation's number in `_Reader.calls` stands
 
 
@@ -81,7 +77,7 @@ class _Reader:
     def convert(self, node: Any) -> list[Any]:
         """The operation that stands for a call of an attention function."""
         function = node.get_op_type("")
-        projections = FUNCTIONS[function].projections
+        projections, cache = FUNCTIONS[function].projections, FUNCTIONS[function].cache
         inputs = [node.get_input(index) for index in range(node.get_input_size())]
         tables = [self._table(value) for value in inputs[-2:]]
         inputs = inputs[:-2]
@@ -94,6 +90,8 @@ class _Reader:
         if narrow:
             for index in projections:  # the kernel rounds what it reads: a cast before it saves nothing
                 inputs[index] = _without_casts(inputs[index])
+        if cache is not None:  # it may be of another type than the rows, and is read where it lies
+            inputs[cache] = _without_casts(inputs[cache])
         shape = Shape(
             heads=node.get_attribute("num_heads"),
             **{name: node.get_attribute(name) for name in ("qk_dim", "v_dim", "max_length", "epsilon")},
@@ -104,6 +102,8 @@ class _Reader:
         offsets = {}
         if function == "HSTUCandidateAttention":
             offsets = {name: node.get_attribute(name) for name in ("v_offset", "k_offset")}
+        elif cache is not None:
+            offsets = {"layer": node.get_attribute("layer")}
         call = AttentionCall(function=function, kernel=Attention(self._library, shape), output=given, **offsets)
         return [self._attention(inputs, call).output(0)]
 

@@ -37,6 +37,7 @@ class AttentionCall:
     output: Type
     v_offset: int = 0  # of candidates: where v and k stand in the history
     k_offset: int = 0
+    layer: int = 0  # whose rows of a cache are meant
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,13 +53,16 @@ class Function:
     """Where the inputs of a function of the domain `hstu` stand; bias tables, which are its last two, are constants.
 
     HSTUAttention(uvqk, buckets, lengths), HSTUQueryAttention(uq, kv, buckets, position) of the last event, whose next
-    time is the query time, HSTUCandidateAttention(history, candidates, buckets, lengths).
+    time is the query time, HSTUCandidateAttention(history, candidates, buckets, lengths), HSTUExtendAttention(uvqk,
+    cache, buckets, cached_lengths, lengths) and HSTUExtendQueryAttention(uq, kv, cache, buckets, cached_lengths,
+    position).
     """
 
     mode: int  # of the kernel
     projections: tuple[int, ...]  # the first of them has the query rows
     buckets: int
     feature: str  # of `serving.time_features`: what the buckets are
+    cache: int | None = None  # float32 [B, layers, P, W/2], read where it lies
 
 
 FUNCTIONS = {
@@ -66,6 +70,12 @@ FUNCTIONS = {
     "HSTUQueryAttention": Function(mode=QUERIES, projections=(0, 1), buckets=2, feature=time_features.QUERY_BUCKETS),
     "HSTUCandidateAttention": Function(
         mode=CANDIDATES, projections=(1, 0), buckets=2, feature=time_features.QUERY_BUCKETS
+    ),
+    "HSTUExtendAttention": Function(
+        mode=CAUSAL, projections=(0,), buckets=2, feature=time_features.EXTEND_BUCKETS, cache=1
+    ),
+    "HSTUExtendQueryAttention": Function(
+        mode=QUERIES, projections=(0, 1), buckets=3, feature=time_features.EXTEND_QUERY_BUCKETS, cache=2
     ),
 }
 
@@ -95,11 +105,14 @@ class NativeOperations:
 
     def attention(self, inputs: list[Any], call: AttentionCall) -> Any:
         """A node that computes the call of these inputs."""
+        function = FUNCTIONS[call.function]
+        if function.cache is not None and function.mode == QUERIES:  # once a model: not worth another form
+            return AttentionOp(inputs, call)
         out_type = {Type.f32: FLOAT32, Type.bf16: BFLOAT16, Type.i8: INT8}[call.output]
-        prepared = call.kernel.prepared(FUNCTIONS[call.function].mode, out_type)
+        prepared = call.kernel.prepared(function.mode, out_type)
         self._kept += [call, prepared]
         attributes = {"call": ctypes.addressof(prepared), "function": call.kernel.function}
-        offsets = {"v_offset": call.v_offset, "k_offset": call.k_offset}
+        offsets = {"v_offset": call.v_offset, "k_offset": call.k_offset, "layer": call.layer}
         return self._factory.create("HSTUKernelAttention", inputs, attributes | offsets)
 
     def item_head(self, embedding: Any, call: HeadCall) -> Any:
@@ -172,7 +185,13 @@ class AttentionOp(KernelOp):
             outputs[1].shape = [batch, rows, 1]
             scales = _array(outputs[1])
         integers = arrays[-1].astype(np.int64)
-        if function.mode == CAUSAL:
+        if function.cache is not None:
+            cached = arrays[function.cache][:, self.call.layer], arrays[-2].astype(np.int64)
+            if function.mode == CAUSAL:
+                kernel.attention(arrays[0], arrays[2], integers, out=out, out_scales=scales, cache=cached)
+            else:
+                _extend_queries(kernel, arrays[0], arrays[1], arrays[3], integers, out, scales, cached)
+        elif function.mode == CAUSAL:
             kernel.attention(arrays[0], arrays[1], integers, out=out, out_scales=scales)
         elif function.mode == QUERIES:
             kernel.queries(arrays[0], arrays[1], arrays[2], integers, out=out, out_scales=scales)
@@ -188,6 +207,36 @@ class AttentionOp(KernelOp):
                 k_offset=self.call.k_offset,
             )
         return True
+
+
+def _extend_queries(
+    kernel: Attention, uq: Array, kv: Array, buckets: Array, position: Array, out: Array, scales: Array | None,
+    cached: tuple[Array, Array],
+) -> None:  # fmt: skip
+    """`out` is what HSTUExtendQueryAttention gives: rows uq at `position` of the new events kv, after cached ones.
+
+    The kernel extends whole rows: those that are not asked for get no u and q, and are dropped again.
+    """
+    rows, cached_lengths = cached
+    if not cached_lengths.any():
+        alone = np.ascontiguousarray(buckets[:, :, rows.shape[1] :])
+        kernel.queries(uq, kv, alone, position, out=out, out_scales=scales)
+        return
+    values, half = kernel.shape.heads * kernel.shape.v_dim, kv.shape[2]
+    users, shape = np.arange(len(uq))[:, None], kv.shape[:2]
+    uvqk = np.zeros((*shape, 2 * half), kv.dtype)
+    u, v, q, k = np.split(uvqk, [values, 2 * values, values + half], axis=2)
+    k[:], v[:] = kv[:, :, :-values], kv[:, :, -values:]
+    u[users, position], q[users, position] = uq[:, :, :values], uq[:, :, values:]
+    of_all = np.zeros((*shape, buckets.shape[2]), buckets.dtype)
+    of_all[users, position] = buckets
+    all_out = np.empty((*shape, values), out.dtype)
+    all_scales = None if scales is None else np.empty((*shape, 1), np.float32)
+    lengths = position.max(axis=1) + 1
+    kernel.attention(uvqk, of_all, lengths, out=all_out, out_scales=all_scales, cache=cached)
+    out[:] = all_out[users, position]
+    if scales is not None and all_scales is not None:
+        scales[:] = all_scales[users, position]
 
 
 class ItemHeadOp(KernelOp):

@@ -9,9 +9,9 @@ import torch
 
 from hstu.checkpoints.huggingface import load_pretrained
 from hstu.config import HSTUConfig
-from hstu.errors import InputError
 from hstu.model import HSTU, history_from_feeds
-from hstu.signature import EntryName, entry_names
+from hstu.signature import EntryName
+from hstu.signature import entry as entry_signature
 from serving.engine import Array
 
 
@@ -30,15 +30,20 @@ class TorchEngine:
 
     def run(self, entry: EntryName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The entry's outputs by name. Feeds must have passed `check_feeds`."""
-        if entry not in entry_names(self.config):
-            raise InputError(f"this model has no {entry!r} entry", expected=", ".join(entry_names(self.config)))
+        signature = entry_signature(self.config, entry)
         tensors = {name: torch.as_tensor(value) for name, value in feeds.items()}
         history = history_from_feeds(tensors)
+        answers: tuple[torch.Tensor, ...]
         with torch.inference_mode():
             if entry == "rank":
-                return {"task_scores": self.model.rank(history, tensors["candidate_ids"]).numpy()}
-            embedding, item_ids, scores = self.model.retrieve(history)
-        return {"user_embedding": embedding.numpy(), "top_item_ids": item_ids.numpy(), "top_scores": scores.numpy()}
+                answers = (self.model.rank(history, tensors["candidate_ids"]),)
+            elif entry == "extend":
+                answers = self.model.extend(
+                    history, tensors["cache"], tensors["cached_timestamps"], tensors["cached_lengths"]
+                )
+            else:
+                answers = self.model.retrieve(history)
+        return {spec.name: answer.numpy() for spec, answer in zip(signature.outputs, answers, strict=True)}
 
     def close(self) -> None:
         """Nothing is held that Python does not release."""

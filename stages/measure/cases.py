@@ -19,6 +19,9 @@ SLATE = 10  # items of a generated slate
 class Case:
     """A model and the requests it is measured with. `config` None is the bundle's own checkpoint.
 
+    `extend` is a returning user: the newest 10 events of a history are new, and an engine has the user's state.
+    Runtimes that keep none compute the whole history again, eager PyTorch among them.
+
     Every other case is a model of random weights, compiled with the parameters that the bundle was compiled with.
     """
 
@@ -60,7 +63,7 @@ def _reference(length: int, batches: tuple[int, ...], check_users: int) -> Case:
         config=_plain(
             num_items=50_000, embedding_dim=1024, num_layers=12, num_heads=16, qk_dim=64, v_dim=64, max_history=length
         ),
-        entries=("retrieve",),
+        entries=("retrieve", "extend"),
         batches=batches,
         check_users=check_users,
     )
@@ -79,6 +82,7 @@ CASES: tuple[Case, ...] = (
         config=_plain(
             num_items=10_000, embedding_dim=256, num_layers=4, num_heads=4, qk_dim=64, v_dim=64, max_history=200
         ),
+        entries=("retrieve", "rank", "extend"),
     ),
     _reference(512, (1, 8, 32), check_users=8),
     _reference(2048, (1, 8), check_users=2),
@@ -104,13 +108,14 @@ def cells(case: Case, config: HSTUConfig, entries: Collection[str], mode: Thread
     """The cells of a case on one thread or on all, `entries` being those that the model and its runtimes have.
 
     A single user is never padded, so batch 1 knows no occupancy; one thread is measured at batch 1 (the cost
-    of an answer on one core), a slate at full length.
+    of an answer on one core), a slate at full length, a returning user alone.
     """
     found = []
     for entry, batch, occupancy in itertools.product(case.entries, case.batches, case.occupancies):
         padded = batch > 1 and entry == "retrieve"
         if (
             entry in entries
+            and (entry != "extend" or batch == 1)
             and (occupancy == 1.0 or padded)
             and (mode == "all" or (batch == 1 and entry != "generate"))
         ):

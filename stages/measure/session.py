@@ -18,7 +18,10 @@ from stages.measure.statistics import significant
 from stages.measure.worker import Worker, WorkerError
 
 CEILING_PRECISIONS = ("fp32", "bf16", "int8")
-GROUPS: tuple[tuple[BenchmarkEntry, ...], ...] = (("retrieve", "rank"), ("generate",))  # runtimes up at the same time
+GROUPS: tuple[tuple[BenchmarkEntry, ...], ...] = (
+    ("retrieve", "rank", "extend"),
+    ("generate",),
+)  # runtimes up at the same time
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,14 +8,14 @@ from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 from hstu.config import HSTUConfig
 from hstu.errors import GateError
 from stages.onnx_files import scope
-from stages.passes import functions, selection
+from stages.passes import function_bodies, functions, selection
 
 REASON = "one definition for all layers: runtimes inline it, kernels and plugins replace it by name"
 
 
 def apply(graph: gs.Graph, config: HSTUConfig) -> gs.Graph:
     """Between W_uvqk and W_o of every layer stands one call; the functions it names are defined in the model."""
-    lengths = selection.only((value for value in graph.inputs if value.name == "lengths"), "input lengths")
+    lengths = _input(graph, "lengths")
     for layer in range(config.num_layers):
         for projection in selection.nodes_of(graph, f"layers.{layer}.output", "MatMul"):
             _replace(graph, config, layer, projection.inputs[0], lengths)
@@ -55,6 +55,7 @@ def _replace(graph: gs.Graph, config: HSTUConfig, layer: int, gated: gs.Tensor, 
     module = scope(gate.name)
     tables = [selection.constant(graph, f"layers.{layer}.attention.{name}") for name in ("position_bias", "time_bias")]
     inside, boundary = _walk(gated)
+    boundary = [t for t in boundary if not _is_cache_of(t, layer)]
     _check_boundary(boundary, f"layers.{layer}.uvqk", module)
     queries = selection.only(
         (t for side in gate.inputs for t in boundary if _floats(t) and _is_split_of(side, t)),
@@ -70,9 +71,17 @@ def _replace(graph: gs.Graph, config: HSTUConfig, layer: int, gated: gs.Tensor, 
         columns = {"v_offset": config.num_heads * config.v_dim}
         columns["k_offset"] = config.uvqk_dim - config.num_heads * config.qk_dim
         inputs = [history, queries, buckets, lengths, *tables]
-        call(graph, functions.CANDIDATES, module, inputs, gated, **sizes, **columns)
+        call(graph, function_bodies.CANDIDATES, module, inputs, gated, **sizes, **columns)
+    elif module.endswith(".extend_attention"):
+        cache, cached_lengths = (_input(graph, name) for name in ("cache", "cached_lengths"))
+        inputs = [queries, cache, buckets, cached_lengths, lengths, *tables]
+        call(graph, function_bodies.EXTEND, module, inputs, gated, **sizes, layer=layer)
     else:
-        call(graph, functions.HISTORY, module, [queries, buckets, lengths, *tables], gated, **sizes)
+        call(graph, function_bodies.HISTORY, module, [queries, buckets, lengths, *tables], gated, **sizes)
+
+
+def _input(graph: gs.Graph, name: str) -> gs.Tensor:
+    return selection.only((value for value in graph.inputs if value.name == name), f"input {name}")
 
 
 def _is_split_of(side: gs.Tensor, projection: gs.Tensor) -> bool:
@@ -81,6 +90,17 @@ def _is_split_of(side: gs.Tensor, projection: gs.Tensor) -> bool:
         return False
     silu = side.inputs[0].inputs[0]
     return len(silu.inputs) == 1 and silu.inputs[0].op == "Mul" and any(t is projection for t in silu.inputs[0].inputs)
+
+
+def _is_cache_of(tensor: gs.Tensor, layer: int) -> bool:
+    """Whether `tensor` is a part of the input `cache`, taken at this layer's index."""
+    while tensor.inputs and tensor.inputs[0].op == "Split":
+        tensor = tensor.inputs[0].inputs[0]
+    node = tensor.inputs[0] if tensor.inputs else None
+    if node is None or node.op != "Gather" or node.inputs[0].name != "cache" or node.inputs[0].inputs:
+        return False
+    index = node.inputs[1]
+    return isinstance(index, gs.Constant) and node.attrs.get("axis", 0) == 1 and index.values.tolist() == layer
 
 
 def _buckets(time_bias: gs.Constant, inside: list[gs.Tensor], module: str) -> gs.Tensor:

@@ -12,8 +12,8 @@ REASON = "a second, normalised copy of the item table is neither stored nor made
 
 
 def apply(graph: gs.Graph, config: HSTUConfig) -> gs.Graph:
-    """In `retrieve`, user · normalised tableᵀ becomes (user · tableᵀ without column 0) / norms, the norms folded."""
-    if graph.name != "retrieve":
+    """In `retrieve` and `extend`, user · normalised tableᵀ becomes (user · tableᵀ without column 0) / folded norms."""
+    if graph.name not in ("retrieve", "extend"):
         return graph
     top_k = selection.only((node for node in graph.nodes if node.op == "TopK"), "one TopK")
     scores = selection.producer(top_k.inputs[0], "MatMul")

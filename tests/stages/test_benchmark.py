@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from serving.slate import greedy_slate
 from stages import benchmark
 from stages.benchmark import merge
 from stages.contract import Workspace, execute
+from stages.entry_check import worst_error
 from stages.measure import process
 from stages.measure.case_models import bundle_files, random_files
 from stages.measure.cases import CASES, SLATE, Cell, cells, find_case
@@ -35,7 +36,7 @@ from stages.measure.ceiling import answer_flops, gemm_gflops
 from stages.measure.check import check_answers
 from stages.measure.interleave import Effort, measure_cell
 from stages.measure.requests import Request, draw_lengths, draw_request
-from stages.measure.runtimes import Contestant, Eager, contestants, takes_part
+from stages.measure.runtimes import CompiledEngine, Contestant, Eager, contestants, takes_part
 from stages.measure.session import Session
 from stages.measure.statistics import latency_ms, median_with_interval
 from stages.measure.worker import Worker, WorkerError
@@ -80,6 +81,9 @@ def test_cells_cover_batches_and_occupancies_on_all_threads_and_one_user_on_one(
     retrieve = [("retrieve", 1, 1.0), ("retrieve", 8, 1.0), ("retrieve", 8, 0.5), ("retrieve", 32, 1.0)]
     assert points == [*retrieve, ("retrieve", 32, 0.5), ("rank", 1, 1.0), ("rank", 8, 1.0), ("rank", 32, 1.0)]
     assert [c.batch for c in cells(find_case("small"), TINY, ("retrieve",), "one")] == [1]
+    for mode in ("one", "all"):
+        returning = cells(find_case("small"), TINY, ("extend",), mode)  # type: ignore[arg-type]
+        assert [(c.batch, c.occupancy) for c in returning] == [(1, 1.0)]
     assert not cells(find_case("trained"), TINY, ("generate",), "one")
     assert all(c.length == TINY.max_history for c in found)
 
@@ -367,6 +371,31 @@ def test_a_worker_answers_times_and_measures_its_memory(engine: Worker) -> None:
     assert all(0 < value < 5 for value in seconds)
     assert waited >= 0
     assert 0 < engine.call("peak_mib") < 200
+
+
+def test_an_engine_answers_a_returning_user_from_the_state_of_the_visit_before(engine: Worker) -> None:
+    engine.receive(timeout_s=60)
+    asked = request()
+    whole, returning = engine.call("answer", "retrieve", asked), engine.call("answer", "extend", asked)
+    assert set(returning) == set(whole)
+    assert worst_error(whole, returning) <= 1e-5
+    assert len(engine.call("time", "extend", [asked] * 2, wake=True)) == 2
+
+
+def test_a_returning_user_costs_an_engine_the_new_events_alone(artifacts: Path) -> None:
+    runtime = CompiledEngine(artifacts / "bundle" / "engines" / "fp32", 1)
+    seen: list[tuple[str, int]] = []
+    run = runtime.engine.run
+
+    def counted(entry: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        seen.append((entry, feeds["item_ids"].shape[1]))
+        return run(entry, feeds)
+
+    runtime.engine.run = counted  # type: ignore[method-assign]
+    runtime.remember(request(batch=1))
+    seen.clear()
+    runtime.answer("extend", request(batch=1))
+    assert seen == [("extend", 11)]  # ten new events, and the one that had no successor
 
 
 def test_an_error_of_ours_crosses_the_process_as_itself(artifacts: Path, tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ def test_artifact_tells_its_passes(surgered: Artifact) -> None:
     assert set(surgered.manifest["files"]) == {
         "retrieve.onnx",
         "rank.onnx",
+        "extend.onnx",
         "weights.bin",
         "config.json",
         "passes.json",

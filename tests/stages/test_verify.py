@@ -47,9 +47,10 @@ def test_golden_answers_are_replayed_by_every_engine_that_runs_here(
     result = verify(whole, run=True)
     assert set(result["golden"]) == {"torch", "fp32", "fp32-tensorrt-rtx"}
     for engine in ("torch", "fp32"):
-        assert set(result["golden"][engine]["entries"]) == {"retrieve"}
-        assert result["golden"][engine]["entries"]["retrieve"]["top10_overlap"] == 1.0
-    assert result["golden"]["torch"]["entries"]["retrieve"]["max_abs_error"] < 1e-6
+        assert set(result["golden"][engine]["entries"]) == {"retrieve", "extend"}
+        for entry in ("retrieve", "extend"):
+            assert result["golden"][engine]["entries"][entry]["top10_overlap"] == 1.0
+            assert result["golden"][engine]["entries"][entry]["max_abs_error"] < 1e-6
     assert "does not execute on this machine" in result["golden"]["fp32-tensorrt-rtx"]["skipped"]
     assert "not replayed" in capsys.readouterr().err
     text = render(result)

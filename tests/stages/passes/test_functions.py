@@ -1,4 +1,4 @@
-"""The three attention functions against eager PyTorch, called directly, in fp32 and in fp16."""
+"""The attention functions against eager PyTorch, called directly, in fp32 and in fp16."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stages.passes.lint import lint
 from tests.models import TINY, tiny_config
 
 HV, HQK = TINY.num_heads * TINY.v_dim, TINY.num_heads * TINY.qk_dim
-INTEGERS = {"buckets", "lengths", "position"}
+INTEGERS = {"buckets", "lengths", "position", "cached_lengths"}
 TOLERANCE = {TensorProto.FLOAT: 2e-6, TensorProto.FLOAT16: 1e-2}
 
 
@@ -104,6 +104,51 @@ def test_candidates_read_v_and_k_where_the_offsets_say(whole: bool, dtype: int) 
     position = lengths.unsqueeze(1)
     expected = module.candidates(uvqk, candidates, buckets, torch.zeros_like(position), position)
     np.testing.assert_allclose(got, expected, atol=TOLERANCE[dtype])
+
+
+def cached(dtype: int, *, past: int, new: int) -> tuple[HSTUAttention, dict[str, Any], torch.Tensor]:
+    """A module, what stands before its layer 1 (NaN after the end of each cache), and what `extend` makes of it."""
+    module = attention(3)
+    first, lengths = torch.tensor([past, past // 2, 0]), torch.tensor([new, max(1, new // 2), 1])
+    cache = torch.randn(3, 2, past, HQK + HV)
+    cache[torch.arange(past).expand(3, -1)[:, None].expand(3, 2, -1) >= first.view(3, 1, 1)] = torch.nan
+    feeds = {
+        "uvqk": torch.randn(3, new, TINY.uvqk_dim),
+        "cache": cache,
+        "buckets": torch.randint(0, 129, (3, new, past + new)),
+        "cached_lengths": first,
+        "lengths": lengths,
+    }
+    expected = module.extend(feeds["uvqk"], cache[:, 1], feeds["buckets"], first, lengths)
+    return module, feeds, expected
+
+
+def tables_of(module: HSTUAttention) -> dict[str, torch.Tensor]:
+    return {"position_bias": module.position_bias.data, "time_bias": module.time_bias.data}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("past", "new"), [(1, 1), (13, 1), (1, 19), (11, 9)])
+def test_extend_reads_its_layer_up_to_the_end(past: int, new: int, dtype: int) -> None:
+    module, feeds, expected = cached(dtype, past=past, new=new)
+    got = run(functions.EXTEND, feeds | tables_of(module), dtype, layer=1)
+    np.testing.assert_allclose(got, expected, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("past", "new"), [(1, 1), (13, 1), (11, 9)])
+def test_extend_queries_are_rows_of_extend(past: int, new: int, dtype: int) -> None:
+    module, feeds, expected = cached(dtype, past=past, new=new)
+    rows = torch.stack([feeds["lengths"] - 1, torch.zeros(3, dtype=torch.int64)], dim=1)
+    u, v, q, k = feeds["uvqk"].split([HV, HV, HQK, HQK], dim=-1)
+
+    def pick(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack([tensor[b, rows[b]] for b in range(3)])
+
+    inputs = {"uq": pick(torch.cat([u, q], -1)), "kv": torch.cat([k, v], -1), "cache": feeds["cache"]}
+    inputs |= {"buckets": pick(feeds["buckets"]), "cached_lengths": feeds["cached_lengths"], "position": rows}
+    got = run(functions.EXTEND_QUERIES, inputs | tables_of(module), dtype, layer=1)
+    np.testing.assert_allclose(got, pick(expected), atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("name", functions.ATTRIBUTES)
