@@ -15,6 +15,7 @@ from hstu.config import HSTUConfig
 from hstu.data.histories import histories_from_rows
 from hstu.errors import ArtifactError, CompilerError, InputError, MissingBackendError
 from hstu.model import HSTU, history_from_feeds
+from hstu.signature import entry_names
 from serving.engine import check_feeds, open_engine
 from serving.engines.torch import TorchEngine, open_torch_engine
 from stages.entry_check import check_batches, random_feeds, worst_error
@@ -35,11 +36,11 @@ def folder(model: HSTU, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ONNX Runtime engine of the plain export."""
     path = tmp_path_factory.mktemp("engine")
     with open_weights(path) as writer:
-        for name in ("retrieve", "rank"):
+        for name in entry_names(CONFIG):
             write_model(export_entry(model, name, opset=20, writer=writer), path, name, writer)
     (path / "config.json").write_text(json.dumps(CONFIG.to_pretrained()))
     spec = {"backend": "onnxruntime", "precision": "fp32", "executed": True}
-    entries = {"retrieve": "retrieve.onnx", "rank": "rank.onnx"}
+    entries = {name: f"{name}.onnx" for name in entry_names(CONFIG)}
     (path / "engine.json").write_text(json.dumps({**spec, "entries": entries}))
     return path
 
@@ -54,10 +55,10 @@ def copied(folder: Path, target: Path, change: Callable[[Path], None]) -> Path:
 def test_onnxruntime_answers_as_eager_on_every_corner(folder: Path, model: HSTU, threads: int) -> None:
     engine, eager = open_engine(folder, threads=threads), TorchEngine(model)
     assert (engine.backend, engine.precision, engine.config) == ("onnxruntime", "fp32", CONFIG)
-    for name in ("retrieve", "rank"):
-        for feeds in check_batches(CONFIG, name, seed=5):  # type: ignore[arg-type]
-            check_feeds(CONFIG, name, feeds)  # type: ignore[arg-type]
-            assert worst_error(eager.run(name, feeds), engine.run(name, feeds)) <= 1e-5  # type: ignore[arg-type]
+    for name in entry_names(CONFIG):
+        for feeds in check_batches(CONFIG, name, seed=5):
+            check_feeds(CONFIG, name, feeds)
+            assert worst_error(eager.run(name, feeds), engine.run(name, feeds)) <= 1e-5
     engine.close()
     with pytest.raises(InputError, match="no 'retrieve' entry"):
         engine.run("retrieve", {})

@@ -14,6 +14,7 @@ import pytest
 
 from hstu.artifact import Artifact, write_manifest
 from hstu.errors import GateError, MissingBackendError, ParameterError
+from hstu.signature import entry_names
 from kernels.cpu.library import LIBRARY
 from serving.engine import open_engine, read_spec
 from serving.engines.torch import open_torch_engine
@@ -86,15 +87,15 @@ def test_an_engine_says_what_it_is_and_answers(engine: tuple[Artifact, Outcome],
     assert outcome.platform is not None
     assert (outcome.platform["backend"], outcome.platform["executed"]) == ("onnxruntime", True)
     assert set(artifact.manifest["files"]) == {
-        "engine.json", "config.json", "recipe.json", "weights.bin", "retrieve.onnx", "rank.onnx"
+        "engine.json", "config.json", "recipe.json", "weights.bin", *(f"{name}.onnx" for name in entry_names(TINY))
     }  # fmt: skip
     assert outcome.metrics["histories"] == 32
     running = open_engine(artifact.path, threads=1)
     assert (running.precision, running.config) == (spec.precision, TINY)
     reference = open_torch_engine(checkpoint.path)
-    for name in ("retrieve", "rank"):
-        for feeds in check_batches(TINY, name, seed=3):  # type: ignore[arg-type]
-            error = worst_error(reference.run(name, feeds), running.run(name, feeds))  # type: ignore[arg-type]
+    for name in entry_names(TINY):
+        for feeds in check_batches(TINY, name, seed=3):
+            error = worst_error(reference.run(name, feeds), running.run(name, feeds))
             assert error <= {"fp32": 1e-5, "fp16": 0.02, "bf16": 0.2, "int8": 0.4}[spec.precision]
     running.close()
 
@@ -221,7 +222,7 @@ def test_tensorrt_rtx_builds_every_precision(precision: str, inputs: dict[str, A
     artifact, outcome = make(tmp_path / "engine", params(precision, backend="tensorrt-rtx"), inputs)
     assert outcome.platform is not None
     assert (outcome.platform["product"], outcome.platform["executed"]) == ("TensorRT-RTX", False)
-    assert read_spec(artifact.path).entries == {"retrieve": "retrieve.rtx", "rank": "rank.rtx"}
+    assert read_spec(artifact.path).entries == {name: f"{name}.rtx" for name in entry_names(TINY)}
     models = read_models(artifact.path, ["retrieve", "rank"])
     if precision == "bf16":  # the graph is bf16 itself, not the one that ONNX Runtime gets
         attention = next(node for node in models["rank"].graph.node if node.domain == "hstu")
@@ -233,7 +234,7 @@ def test_tensorrt_rtx_builds_every_precision(precision: str, inputs: dict[str, A
 
 def test_tensorrt_rtx_builds_are_the_same_bytes(inputs: dict[str, Artifact], tmp_path: Path) -> None:
     settings = BuildSettings(tf32=False, optimization_level=3, workspace_mib=1024)
-    for name in ("retrieve", "rank"):
+    for name in entry_names(TINY):
         engines = set()
         for folder in ("one", "another/one"):  # where it is built does not matter
             path = tmp_path / folder
