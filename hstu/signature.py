@@ -19,6 +19,7 @@ from hstu.errors import InputError
 
 EntryName = Literal["retrieve", "rank", "extend"]
 CacheForm = Literal["fp32", "bf16", "int8"]  # how a user's cache is kept between visits
+ProfileName = Literal["single", "batch", "long", "all"]
 MAX_RESULTS = 100  # K is min(MAX_RESULTS, num_items): callers slice
 MAX_BATCH = 64
 MAX_CANDIDATES = 2048
@@ -164,3 +165,34 @@ def dynamic_ranges(config: HSTUConfig) -> dict[str, tuple[int, int, int]]:
         "E": (1, min(16, config.max_history), config.max_history),
         "P": (1, config.max_history, config.max_history),  # an empty cache is one row that is never read
     }
+
+
+def profile_ranges(config: HSTUConfig, name: ProfileName) -> dict[str, tuple[int, int, int]]:
+    """(min, typical, max) of each dynamic letter in one optimisation profile of an engine.
+
+    single: fastest for one user, any history · batch: many users, histories up to half of what the model takes ·
+    long: many users, longer histories · all: every shape. batch and long together hold every shape; single is speed.
+    """
+    ranges = dynamic_ranges(config)
+    longest = config.max_history
+    half = max(1, longest // 2)
+    if name == "single":
+        return {**ranges, "B": (1, 1, 2)}  # not 1 to 1: TensorRT-RTX 1.7 fails on a batch that is a constant
+    if name == "batch":
+        return {**ranges, "L": (1, half, half), "P": (1, half, half)}
+    if name == "long":
+        above = min(half + 1, longest)
+        return {**ranges, "L": (above, longest, longest), "P": (above, longest, longest)}
+    return ranges
+
+
+def profile_shapes(
+    config: HSTUConfig, name: EntryName, profile: ProfileName
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    """The (min, typical, max) shape of every input of an entry in an optimisation profile."""
+    ranges = profile_ranges(config, profile)
+
+    def shape(spec: TensorSpec, which: int) -> tuple[int, ...]:
+        return tuple(size if isinstance(size, int) else ranges[size][which] for size in spec.shape)
+
+    return {spec.name: (shape(spec, 0), shape(spec, 1), shape(spec, 2)) for spec in entry(config, name).inputs}

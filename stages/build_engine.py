@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +14,7 @@ from stages.parameters import require
 
 if TYPE_CHECKING:
     from stages.engine_targets import Target
+    from stages.tensorrt.builder import BuildSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +39,13 @@ class BuildEngineParams:
     tf32: bool
     optimization_level: int
     workspace_mib: int
+    profiles: tuple[Literal["single", "batch", "long", "all"], ...]
+    timing_caches: str | None = field(metadata={"path": True})
+    refit: bool
+    strip_plan: bool
+    weight_streaming: bool
+    version_compatible: bool
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"]
 
     def __post_init__(self) -> None:
         require(self.int8_widen_at_most >= 0, "build-engine.int8_widen_at_most: negative",
@@ -52,8 +60,20 @@ class BuildEngineParams:
                     got=value, expected="0..1, or null for the precision's own")  # fmt: skip
         require(0 <= self.optimization_level <= 5, "build-engine.optimization_level: out of range",
                 got=self.optimization_level, expected="0..5")  # fmt: skip
+        require(len(set(self.profiles)) == len(self.profiles), "build-engine.profiles: one stands twice",
+                got=list(self.profiles), expected="each once")  # fmt: skip
+        require("all" in self.profiles or {"batch", "long"} <= set(self.profiles),
+                "build-engine.profiles: some shapes are in none", got=list(self.profiles),
+                expected="all, or both batch and long")  # fmt: skip
         require(self.workspace_mib >= 1, "build-engine.workspace_mib: must be positive",
                 got=self.workspace_mib, expected=">= 1")  # fmt: skip
+
+    @property
+    def build_settings(self) -> BuildSettings:
+        """What TensorRT's builder is told; the other backends have no use for it."""
+        from stages.tensorrt.builder import BuildSettings
+
+        return BuildSettings(**{item.name: getattr(self, item.name) for item in fields(BuildSettings)})
 
     @property
     def limits(self) -> Tolerance:

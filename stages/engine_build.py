@@ -21,7 +21,7 @@ from stages.engine_targets import TARGETS, Target
 from stages.precision.recipe import WIDE, Recipe, lower_entry, write_models
 from stages.precision.sensitivity import modules_by_sensitivity
 from stages.quality import gate
-from stages.tensorrt_builder import BuildSettings, build
+from stages.tensorrt.engine import compile_entries
 
 if TYPE_CHECKING:
     from stages.build_engine import BuildEngineParams
@@ -87,28 +87,15 @@ class EngineBuild:
 
     def compile(self, folder: Path, target: Target) -> EngineSpec:
         """`folder` is an engine: engine.json names the file of every entry, compiled where the backend does that."""
-        files: dict[str, str] = {}
-        for name in entry_names(self.config):
-            files[name] = f"{name}.onnx"
-            if target.builder is not None:
-                settings = BuildSettings(
-                    tf32=self.params.tf32,
-                    optimization_level=self.params.optimization_level,
-                    workspace_mib=self.params.workspace_mib,
-                )
-                files[name] = f"{name}{target.builder.suffix}"
-                warnings = build(
-                    target.builder,
-                    folder / f"{name}.onnx",
-                    folder / files[name],
-                    self.config,
-                    name,
-                    settings,
-                    timing_cache=folder / "timing.cache" if target.executed else None,
-                )
-                told = {"settings": asdict(settings), "warnings": warnings}
-                (folder / f"{name}.build.json").write_bytes(encode_json(told))
-                say(f"build-engine: {target.product} built {files[name]}")
+        files: dict[str, str] = {name: f"{name}.onnx" for name in entry_names(self.config)}
+        if target.builder is not None:
+            files = compile_entries(
+                target.builder,
+                folder,
+                self.config,
+                self.params.build_settings,
+                timing_caches=None if self.params.timing_caches is None else Path(self.params.timing_caches),
+            )
         if target.add_files is not None:
             target.add_files(folder)
         spec = EngineSpec(

@@ -14,8 +14,7 @@ from pathlib import Path
 from hstu.errors import MissingBackendError, ParameterError
 from kernels.cpu.library import KernelError, compiler_version
 from kernels.cpu.library import build as build_kernels
-from stages import tensorrt_builder
-from stages.tensorrt_builder import TENSORRT, TENSORRT_RTX, Product
+from stages.tensorrt.products import TENSORRT, TENSORRT_RTX, Product, require_product
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +72,7 @@ TARGETS = {
         Target(
             backend="tensorrt",
             product=TENSORRT.name,
-            require=lambda: tensorrt_builder.require_product(TENSORRT),
+            require=lambda: require_product(TENSORRT),
             executed=True,
             native_bf16=True,
             around_int8="fp16",
@@ -100,7 +99,7 @@ TARGETS = {
         Target(
             backend="tensorrt-rtx",
             product=TENSORRT_RTX.name,
-            require=lambda: tensorrt_builder.require_product(TENSORRT_RTX),
+            require=lambda: require_product(TENSORRT_RTX),
             executed=False,
             native_bf16=True,
             around_int8="fp16",

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX on an NVIDIA GPU: an engine file per entry, one context each, one stream for all.
+"""TensorRT and TensorRT-RTX on an NVIDIA GPU, behind the common interface; inputs and outputs are on the host.
 
 The two products have the same interface here and nothing else in common: a `.plan` is TensorRT's, an
 `.rtx` is TensorRT-RTX's, and neither loads the other's.
@@ -7,89 +7,100 @@ The two products have the same interface here and nothing else in common: a `.pl
 from __future__ import annotations
 
 import importlib.util
-import threading
 from collections.abc import Mapping
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from hstu.config import HSTUConfig
-from hstu.errors import ArtifactError, InputError, MissingBackendError
+from hstu.errors import ArtifactError, InputError
 from hstu.signature import EntryName, entry, entry_names
 from serving.engine import Array, EngineSpec
+from serving.engines.tensorrt_entry import EntryOnDevice
+from serving.engines.tensorrt_facts import BuildFacts, EntryFacts, current_device, read_facts, require_same
+
+if TYPE_CHECKING:
+    import tensorrt_rtx as trt
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_PROFILE = 0
 
 
 class TensorRTEngine:
-    """Runs the engines of a folder on the current CUDA device; inputs and outputs are on the host."""
+    """Runs the engines of a folder on the current CUDA device."""
 
     def __init__(self, folder: Path, spec: EngineSpec) -> None:
         self.backend = spec.backend
         self.precision = spec.precision
         self.config = HSTUConfig.from_pretrained(folder)
-        trt = _require(MODULES[spec.backend])
-        self._device = torch.device("cuda", torch.cuda.current_device())
-        self._stream: Any = torch.cuda.Stream(self._device)
-        self._lock = threading.Lock()  # a context serves one request at a time
-        self._logger = _collecting_logger(trt)
-        self._runtime = trt.Runtime(self._logger)
-        missing = sorted(set(entry_names(self.config)) - set(spec.entries))
+        facts = preflight(folder, spec)
+        missing = sorted(set(entry_names(self.config)) - set(facts.entries))
         if missing:
-            raise ArtifactError(f"{folder}: engine.json lacks entries of this model", expected=missing)
-        self._engines = {name: self._load(trt, folder / file) for name, file in spec.entries.items()}
-        self._contexts = {name: engine.create_execution_context() for name, engine in self._engines.items()}
+            raise ArtifactError(f"{folder}: build.json lacks entries of this model", expected=missing)
+        self._loader = _Loader(MODULES[spec.backend], folder, facts)
+        self._entries = {
+            name: EntryOnDevice(
+                self._loader.load(facts.entries[name]), entry(self.config, name), _profiles(facts.entries[name])
+            )
+            for name in entry_names(self.config)
+        }
 
     def run(self, entry: EntryName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The entry's outputs by name. Feeds must have passed `check_feeds`.
 
-        Raises InputError when a shape lies outside the profile that the engine was built for.
+        Raises InputError when a shape lies outside every profile that the engine was built for.
         """
-        if entry not in self._contexts:
-            raise InputError(f"this engine has no {entry!r} entry", expected=", ".join(self._contexts))
-        engine, context = self._engines[entry], self._contexts[entry]
-        with self._lock, torch.cuda.stream(self._stream):
-            inputs = {name: torch.as_tensor(value).to(self._device) for name, value in feeds.items()}
-            for name, tensor in inputs.items():
-                _check_profile(engine, name, tuple(tensor.shape))
-                context.set_input_shape(name, tuple(tensor.shape))
-                context.set_tensor_address(name, tensor.data_ptr())
-            outputs = self._outputs(entry, context)
-            if not context.execute_async_v3(self._stream.cuda_stream):
-                raise ArtifactError(f"{entry}: the engine did not run", got="; ".join(self._logger.errors))
-            return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}  # waits for the stream
+        if entry not in self._entries:
+            raise InputError(
+                f"this engine has no {entry!r} entry", expected=", ".join(self._entries) or "an open engine"
+            )
+        return self._entries[entry].run(feeds)
 
     def close(self) -> None:
         """Release device memory; the engine must not be used after."""
-        self._contexts.clear()
-        self._engines.clear()
+        self._entries.clear()
 
-    def _load(self, trt: Any, path: Path) -> Any:
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise ArtifactError(f"{path}: cannot be read ({error})", fix="run build-engine again") from None
-        engine = self._runtime.deserialize_cuda_engine(data)
+
+class _Loader:
+    """Deserialises engines of one product; the library's own words go into the error when it refuses one."""
+
+    def __init__(self, module: str, folder: Path, facts: BuildFacts) -> None:
+        if TYPE_CHECKING:
+            self.trt = trt
+        else:
+            self.trt = import_module(module)
+        self.folder, self.facts = folder, facts
+        self.logger = _collecting_logger(self.trt)
+        self.runtime = self.trt.Runtime(self.logger)
+        if facts.settings.get("version_compatible"):
+            self.runtime.engine_host_code_allowed = True  # such a plan carries a small runtime of its own version
+        for name in facts.plugins:
+            self.runtime.get_plugin_registry().load_library(str(folder / name))
+
+    def load(self, facts: EntryFacts) -> trt.ICudaEngine:
+        """The engine of an entry, with its weights."""
+        engine = self.runtime.deserialize_cuda_engine((self.folder / facts.file).read_bytes())
         if engine is None:
             raise ArtifactError(
-                f"{path}: {trt.__name__} {trt.__version__} on {torch.cuda.get_device_name()} cannot load this engine",
-                got="; ".join(self._logger.errors) or "no reason given",
-                expected="the version and the GPU named in manifest.json, under platform",
+                f"{self.folder / facts.file}: {self.facts.product} {self.facts.version} cannot load this engine",
+                got="; ".join(self.logger.errors) or "no reason given",
                 fix="run build-engine on this machine",
             )
+        if self.facts.settings.get("strip_plan"):
+            self._refit(engine, facts)
+        if self.facts.settings.get("weight_streaming"):
+            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
         return engine
 
-    def _outputs(self, name: EntryName, context: Any) -> dict[str, torch.Tensor]:
-        """Buffers of the shapes that the inputs lead to, known to the context."""
-        outputs = {}
-        for spec in entry(self.config, name).outputs:
-            shape = tuple(context.get_tensor_shape(spec.name))
-            outputs[spec.name] = torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self._device)
-            context.set_tensor_address(spec.name, outputs[spec.name].data_ptr())
-        return outputs
+    def _refit(self, engine: trt.ICudaEngine, facts: EntryFacts) -> None:
+        """A stripped engine gets the weights of its ONNX file."""
+        refitter = self.trt.Refitter(engine, self.logger)
+        parser = self.trt.OnnxParserRefitter(refitter, self.logger)
+        if not parser.refit_from_file(str(self.folder / facts.onnx)) or not refitter.refit_cuda_engine():
+            raise ArtifactError(
+                f"{self.folder / facts.file}: the weights of {facts.onnx} do not fit this engine",
+                got="; ".join(self.logger.errors) or ", ".join(refitter.get_missing_weights()[:5]),
+                fix="run build-engine again",
+            )
 
 
 def open_engine(folder: Path, spec: EngineSpec, *, threads: int | None = None) -> TensorRTEngine:  # noqa: ARG001
@@ -97,30 +108,26 @@ def open_engine(folder: Path, spec: EngineSpec, *, threads: int | None = None) -
     return TensorRTEngine(folder, spec)
 
 
-def _require(module: str) -> Any:
-    """The product's Python module; MissingBackendError when it, or a GPU, is not here."""
+def preflight(folder: Path, spec: EngineSpec) -> BuildFacts:
+    """What the engines were built with; raises unless the library, its version, the GPU and every file are the same."""
+    facts = read_facts(folder)
+    require_same(facts, folder, version=installed_version(MODULES[spec.backend]), device=current_device())
+    return facts
+
+
+def installed_version(module: str) -> str | None:
+    """The version of the distribution that holds a product's module; None when it is not installed."""
     if importlib.util.find_spec(module) is None:
-        raise MissingBackendError(
-            f"{module} is not installed",
-            fix=f"pip install {module.replace('_', '-')}, or use an engine of another backend",
-        )
-    if not torch.cuda.is_available():
-        raise MissingBackendError(
-            f"{module} engines run on an NVIDIA GPU, and there is none here",
-            fix="run on a GPU machine, or use an onnxruntime engine (build-engine --backend onnxruntime)",
-        )
-    return import_module(module)
+        return None
+    names = metadata.packages_distributions().get(module, [])
+    return max((metadata.version(name) for name in names), default=None)
 
 
-def _check_profile(engine: Any, name: str, shape: tuple[int, ...]) -> None:
-    low, _, high = (tuple(dims) for dims in engine.get_tensor_profile_shape(name, _PROFILE))
-    if not all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True)):
-        raise InputError(
-            f"input {name!r} does not fit the engine",
-            got=list(shape),
-            expected=f"{list(low)} to {list(high)}",
-            fix="split the batch, or rebuild with wider ranges (hstu/signature.py)",
-        )
+def _profiles(facts: EntryFacts) -> tuple[dict[str, Any], ...]:
+    return tuple(
+        {name: tuple(tuple(shape) for shape in shapes) for name, shapes in profile["shapes"].items()}
+        for profile in facts.profiles
+    )
 
 
 def _collecting_logger(trt: Any) -> Any:
@@ -129,8 +136,8 @@ def _collecting_logger(trt: Any) -> Any:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
 
-        def log(self, severity: Any, message: str) -> None:
+        def log(self, severity: Any, msg: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message.strip())
+                self.errors.append(msg.strip())
 
     return CollectingLogger()

@@ -18,13 +18,14 @@ from hstu.signature import entry_names
 from kernels.cpu.library import LIBRARY
 from serving.engine import open_engine, read_spec
 from serving.engines.torch import open_torch_engine
-from stages import build_engine, tensorrt_builder
+from stages import build_engine
 from stages.build_engine import BuildEngineParams
 from stages.contract import Outcome
 from stages.engine_targets import choose
 from stages.entry_check import check_batches, worst_error
 from stages.onnx_files import read_models
-from stages.tensorrt_builder import TENSORRT_RTX, BuildSettings, RejectedError, build
+from stages.tensorrt.builder import BuildSettings, build
+from stages.tensorrt.products import TENSORRT, TENSORRT_RTX, RejectedError, has_module
 from tests.models import TINY
 
 PARAMS = BuildEngineParams(
@@ -46,6 +47,13 @@ PARAMS = BuildEngineParams(
     tf32=False,
     optimization_level=3,
     workspace_mib=1024,
+    profiles=("single", "batch", "long"),
+    timing_caches=None,
+    refit=False,
+    strip_plan=False,
+    weight_streaming=False,
+    version_compatible=False,
+    hardware_compatibility="none",
 )
 # The tiny model is random and 16 wide: rounding shows more in it than in any trained one.
 LIMITS: dict[str, dict[str, float]] = {
@@ -180,7 +188,7 @@ def test_auto_says_what_it_chose(
 
 
 def test_auto_takes_the_first_that_is_here() -> None:
-    first = "tensorrt" if tensorrt_builder.has_module(tensorrt_builder.TENSORRT) else "openvino"
+    first = "tensorrt" if has_module(TENSORRT) else "openvino"
     assert choose("auto", "int8")[0].backend == first
 
 
@@ -189,7 +197,7 @@ def test_a_precision_that_a_backend_has_not(inputs: dict[str, Artifact], tmp_pat
         make(tmp_path / "fp16", params("fp16", backend="openvino"), inputs)
 
 
-@pytest.mark.skipif(tensorrt_builder.has_module(tensorrt_builder.TENSORRT), reason="TensorRT is installed here")
+@pytest.mark.skipif(has_module(TENSORRT), reason="TensorRT is installed here")
 def test_a_backend_that_is_not_here_is_an_error(inputs: dict[str, Artifact], tmp_path: Path) -> None:
     with pytest.raises(MissingBackendError, match="TensorRT is not installed") as caught:
         make(tmp_path / "fp16", params("fp16", backend="tensorrt"), inputs)
@@ -210,6 +218,8 @@ def test_unknown_linears_are_named(inputs: dict[str, Artifact], tmp_path: Path) 
         {"min_cosine": 1.5},
         {"optimization_level": 6},
         {"workspace_mib": 0},
+        {"profiles": ("single", "batch")},
+        {"profiles": ("all", "all")},
     ],
 )
 def test_parameters_out_of_range(wrong: dict[str, Any]) -> None:

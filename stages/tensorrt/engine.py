@@ -1,0 +1,83 @@
+"""All entries of an engine folder built by one of NVIDIA's products, and `build.json` that says how."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from hstu.artifact import sha256_file
+from hstu.config import HSTUConfig
+from hstu.signature import entry_names, profile_shapes
+from serving.engines.tensorrt_facts import BuildFacts, Device, EntryFacts, current_device
+from stages.contract import say
+from stages.tensorrt import timing_cache
+from stages.tensorrt.builder import BuildSettings, build
+from stages.tensorrt.products import Product, require_product
+
+TIMING_CACHE = "timing.cache"  # of the engine folder: what a rebuild on the same GPU starts from
+
+
+def compile_entries(
+    product: Product, folder: Path, config: HSTUConfig, settings: BuildSettings, *, timing_caches: Path | None
+) -> dict[str, str]:
+    """Engine file by entry, each built from `<entry>.onnx` in the folder; `build.json` says by what and how.
+
+    Where the builder measures tactics (TensorRT, on a GPU), the timing cache of this GPU and version is taken from
+    `timing_caches` and kept there, and a copy stays in the folder. `<entry>.inspector.json` holds the layers of each
+    engine where it can be loaded. Raises as `build` does, and ArtifactError when the timing cache is damaged.
+    """
+    version = require_product(product)
+    device = current_device() if product.needs_gpu else None
+    entries: dict[str, EntryFacts] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = Path(scratch) / TIMING_CACHE if device is not None else None
+        if cache is not None and timing_caches is not None and device is not None:
+            timing_cache.take(timing_caches, timing_cache.cache_name(product.name, version, device), cache)
+        for name in entry_names(config):
+            file = f"{name}{product.suffix}"
+            built = build(product, folder / f"{name}.onnx", folder / file, config, name, settings, timing_cache=cache)
+            entries[name] = EntryFacts(
+                file=file,
+                sha256=sha256_file(folder / file),
+                bytes=(folder / file).stat().st_size,
+                onnx=f"{name}.onnx",
+                profiles=tuple({"name": p, "shapes": profile_shapes(config, name, p)} for p in settings.profiles),
+                warnings=built.warnings,
+                memory=built.memory,
+                layers=built.layers,
+            )
+            if built.inspector is not None:
+                (folder / f"{name}.inspector.json").write_text(built.inspector)
+            say(f"build-engine: {product.name} {version} built {file}: {_summary(entries[name])}")
+        if cache is not None and cache.is_file():
+            _keep_cache(cache, folder, timing_caches, product, version, device)
+    facts = BuildFacts(
+        product=product.name,
+        module=product.module,
+        version=version,
+        executed=product.needs_gpu,
+        device=device,
+        settings=asdict(settings),
+        entries=entries,
+    )
+    facts.write(folder)
+    return {name: entry.file for name, entry in entries.items()}
+
+
+def _keep_cache(
+    cache: Path, folder: Path, timing_caches: Path | None, product: Product, version: str, device: Device | None
+) -> None:
+    (folder / TIMING_CACHE).write_bytes(cache.read_bytes())
+    if timing_caches is not None and device is not None:
+        timing_cache.keep(cache, timing_caches, timing_cache.cache_name(product.name, version, device))
+
+
+def _summary(entry: EntryFacts) -> str:
+    """The build log in one line."""
+    layers = sum(entry.layers.values())
+    memory = {name: size / 2**20 for name, size in entry.memory.items()}
+    sizes = ", ".join(
+        f"{name.removesuffix('_bytes').replace('_', ' ')} {size:.1f} MiB" for name, size in memory.items()
+    )
+    return f"{entry.bytes / 2**20:.1f} MiB, {layers} layers; {sizes}; {sum(entry.warnings.values())} warnings"
