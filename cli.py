@@ -329,6 +329,19 @@ def doctor(
     settings.show(facts, render(facts))
 
 
+@command("compare-caches")
+def compare_caches(
+    settings: Settings,
+    trace: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Traces to run (default: all).")] = None,
+) -> None:
+    """Compare the hot cache with LRU, LFU, W-TinyLFU, S3-FIFO, LHD and Belady; write cache.json (needs libcachesim)."""
+    from stages.caching import compare
+
+    scores = compare.run(settings.reports, trace or ())
+    rows = [dataclasses.asdict(score) for score in scores]
+    settings.show(rows, compare.text_table(rows))
+
+
 @command("estimate")
 def estimate(
     settings: Settings,

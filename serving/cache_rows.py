@@ -32,6 +32,11 @@ class CacheRows:
         """Bytes of the rows in this form."""
         return self.spec.bytes_per_user(self.form, self.length)
 
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes of memory held for rows still to come, or for rows of a newer state of this user."""
+        return self._memory.values.nbytes + self._memory.scales.nbytes - self.nbytes
+
     def append(self, rows: Array) -> CacheRows:
         """These rows and then float32 [layers, M, width]; ArtifactError when one of the new ones is not a number."""
         if not (np.abs(rows) < _LARGEST).all():

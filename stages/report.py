@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import report_sections as sections
+from stages.caching.compare import html_table
 from stages.contract import Workspace
 from stages.report_evidence import Evidence, gather
 from stages.report_speed import speed
@@ -37,6 +38,7 @@ def page(evidence: Evidence) -> str:
         ("quality", "Model and data", sections.quality(evidence)),
         ("gates", "What each precision costs", sections.gates(evidence)),
         ("speed", "Speed and memory", speed(evidence)),
+        ("cache", "Cache policies", html_table(evidence.cache_scores)),
         ("skipped", "Not measured", sections.skipped(evidence)),
         ("gate", "Against the baseline", sections.gate(evidence)),
         ("conformance", "Conformance", sections.conformance(evidence)),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hstu.artifact import MANIFEST, open_artifact
 from hstu.errors import InputError
+from stages.caching.compare import read_scores
 from stages.contract import Workspace
 from stages.gate import BASELINE, BENCHMARK, GateParams, Verdict, check, read_metrics
 from stages.lineage import lineage_copies
@@ -27,6 +28,7 @@ class Evidence:
     bundle: Mapping[str, Any]  # its manifest
     description: Mapping[str, Any]  # its bundle.json
     lineage: Mapping[str, tuple[str, Mapping[str, Any]]]  # name → id and manifest
+    cache_scores: Sequence[Mapping[str, Any]]  # of `compare-caches`; none when it was not run
     built_only: Mapping[str, Mapping[str, Any]]  # engines that no device here can run: name → manifest
 
     @property
@@ -57,5 +59,6 @@ def gather(workspace: Workspace) -> Evidence:
         bundle=bundle.manifest,
         description=json.loads(bundle.file("bundle.json").read_bytes()),
         lineage=lineage | {"bundle": (bundle.id, bundle.manifest)},
+        cache_scores=read_scores(workspace.reports),
         built_only=built_only,
     )
