@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hstu.errors import UsageError
-from stages import benchmark, build_engine, bundle, checkpoint, export_onnx, prepare_data, surgery
+from stages import benchmark, build_engine, build_kernels, bundle, checkpoint, export_onnx, prepare_data, surgery
 from stages.contract import Stage
 
 PIPELINE: tuple[Stage, ...] = (
@@ -14,6 +14,7 @@ PIPELINE: tuple[Stage, ...] = (
     build_engine.STAGE,
     bundle.STAGE,
     benchmark.STAGE,
+    build_kernels.STAGE,  # beside the others: it needs none of them, and none needs it
 )
 
 

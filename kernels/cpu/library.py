@@ -19,6 +19,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from kernels.errors import KernelError as KernelError
+
 Array = npt.NDArray[Any]
 Isa = Literal["avx2", "avx512", "avx512_bf16"]
 LIBRARY = "libhstu_cpu.so"
@@ -41,10 +43,6 @@ _FLAGS = (
     "-std=c++20", "-O3", "-fPIC", "-DNDEBUG", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
     "-fno-ident", "-Wall", "-Wextra", "-Werror", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-I", ".",
 )  # fmt: skip
-
-
-class KernelError(RuntimeError):
-    """A kernel cannot be compiled or loaded here, or a call makes no sense."""
 
 
 def openvino_folder() -> Path:

@@ -1,4 +1,4 @@
-"""The truth about HSTU attention: one user, one head, one query at a time, in whatever precision it is given.
+"""The truth about HSTU attention: one user at a time, in whatever precision it is given.
 
     h = SiLU(uvqk), split in the order u, v, q, k
     o_i = Σ_j SiLU(q_i · k_j + position_bias[j - i + N - 1] + time_bias[bucket_ij]) v_j / N
@@ -37,6 +37,33 @@ def gate(u: Array, attended: Array, epsilon: float) -> Array:
     return np.asarray(u * (o - o.mean()) / np.sqrt(o.var() + epsilon))
 
 
+def positions(length: int, num_targets: int = 0) -> Array:
+    """Where each of a user's rows [L] stands: targets, the last rows, all stand where the history ends."""
+    return np.asarray(np.minimum(np.arange(length), length - num_targets))
+
+
+def visible(length: int, num_targets: int = 0) -> Array:
+    """Which rows j a row i sees [L, L]: those up to itself, but of the targets only itself."""
+    i, j = np.arange(length)[:, None], np.arange(length)
+    return np.asarray((j <= i) & ((j < length - num_targets) | (j == i)))
+
+
+def relative_bias(position: Array, buckets: Array, position_bias: Array, time_bias: Array) -> Array:
+    """Bias [L, L] of rows at `position` [L] that see each other's buckets [L, L], in tables [2N-1] and [129]."""
+    middle = (len(position_bias) - 1) // 2
+    distance = np.minimum(position - position[:, None], 0)
+    return np.asarray(position_bias[distance + middle] + time_bias[buckets])
+
+
+def attend(
+    q: Array, k: Array, v: Array, bias: Array | float, *, max_length: int, num_targets: int = 0
+) -> Array:  # fmt: skip
+    """o [L, H, dv] of one user's q, k [L, H, dqk] and v [L, H, dv], after SiLU, with bias [L, L]."""
+    scores = np.einsum("ihd,jhd->hij", q, k) + bias
+    weights = silu(scores) / max_length * visible(len(q), num_targets)
+    return np.asarray(np.einsum("hij,jhd->ihd", weights, v))
+
+
 def attention(
     uvqk: Array,
     buckets: Array,
@@ -48,14 +75,11 @@ def attention(
     epsilon: float = 1e-6,
 ) -> Array:
     """Gated output [L, H·dv] of one user's L events: uvqk [L, W] before SiLU, buckets [L, L]."""
-    max_length = (len(position_bias) + 1) // 2
+    length, max_length = len(uvqk), (len(position_bias) + 1) // 2
     u, v, q, k = split(uvqk, heads, v_dim)
-    out = np.zeros_like(u)
-    for i in range(len(uvqk)):
-        bias = position_bias[np.arange(i + 1) - i + max_length - 1] + time_bias[buckets[i, : i + 1]]
-        weights = silu(np.einsum("hd,jhd->hj", q[i], k[: i + 1]) + bias) / max_length
-        out[i] = gate(u[i], np.einsum("hj,jhd->hd", weights, v[: i + 1]), epsilon)
-    return out
+    bias = relative_bias(positions(length), np.tril(buckets), position_bias, time_bias)
+    attended = attend(q, k, v, bias, max_length=max_length)
+    return np.stack([gate(u[i], attended[i], epsilon) for i in range(length)]) if length else np.zeros_like(u)
 
 
 def candidates(
