@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from hstu.errors import MissingBackendError, ParameterError
+from kernels.cpu.cache import user_cache
 from kernels.cpu.library import KernelError, compiler_version
 from kernels.cpu.library import build as build_kernels
 from stages.tensorrt.products import TENSORRT, TENSORRT_RTX, Product, require_product
@@ -28,6 +29,7 @@ class Target:
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8")
     native_bf16: bool  # False: bf16 graphs compute in float32 and round
     around_int8: str  # what int8 leaves is in this type, unless build-engine.int8_around says otherwise
+    packed: bool = False  # graphs without padding are the faster ones (docs/PERFORMANCE.md)
     builder: Product | None = None  # what compiles the ONNX files further
     add_files: Callable[[Path], None] | None = None  # writes what the engine needs besides the graphs
 
@@ -51,7 +53,7 @@ def _require_openvino() -> str:
 
 def _add_kernels(folder: Path) -> None:
     try:
-        build_kernels(folder)
+        build_kernels(folder, cache=user_cache())
     except KernelError as error:
         raise MissingBackendError(
             "the kernels of the openvino engine cannot be compiled here",
@@ -86,6 +88,7 @@ TARGETS = {
             precisions=("fp32", "bf16", "int8"),
             native_bf16=True,
             around_int8="bf16",
+            packed=True,
             add_files=_add_kernels,
         ),
         Target(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kernels.cpu.cache import user_cache
 from kernels.cpu.library import build
 
 ORACLE = Path(__file__).parents[2] / "shared" / "oracle" / "ml-1m"
@@ -22,8 +23,8 @@ def oracle() -> Path:
 
 @pytest.fixture(scope="session")
 def library_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The CPU kernels, compiled once a session."""
-    return build(tmp_path_factory.mktemp("kernels"))
+    """The CPU kernels, compiled when their sources have changed."""
+    return build(tmp_path_factory.mktemp("kernels"), cache=user_cache())
 
 
 def pytest_configure() -> None:

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from kernels.cpu.cache import digest, files_of
 from kernels.errors import KernelError as KernelError
 
 Array = npt.NDArray[Any]
 Isa = Literal["avx2", "avx512", "avx512_bf16"]
 LIBRARY = "libhstu_cpu.so"
 OPERATIONS = "libhstu_openvino.so"  # OpenVINO operations around the kernels, for the very version they are built with
-VERSION = 1
+VERSION = 2
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # hstu::Type of runtime.h
 
 _KERNELS = Path(__file__).parents[1]
@@ -58,19 +59,42 @@ def compiler_version(compiler: str = "g++") -> str:
     return _run([compiler, "--version"], Path.cwd()).splitlines()[0]
 
 
-def build(folder: Path, *, compiler: str = "g++") -> Path:
+def build(folder: Path, *, compiler: str = "g++", cache: Path | None = None) -> Path:
     """`folder` holds libhstu_cpu.so, whose path is returned, and libhstu_openvino.so.
 
-    The same compiler makes the same bytes. Raises KernelError with its own words when it is missing or refuses.
+    The same compiler makes the same bytes; with `cache` (`kernels.cpu.cache`) it makes them once. Raises KernelError
+    with its own words when it is missing or refuses.
     """
+    sources = {
+        f"{part}/{path.name}": path.read_bytes()
+        for part in _FOLDERS
+        for path in sorted((_KERNELS / part).iterdir())
+        if path.suffix in (".h", ".cpp")
+    }
+    if cache is None:
+        files = _compile(sources, compiler)
+    else:
+        openvino_folder()  # says what is missing
+        made_by = {
+            "compiler": _run([compiler, "--version"], Path.cwd()),
+            "openvino": metadata.version("openvino"),
+            "commands": repr((_FLAGS, _UNITS)),
+        }
+        key = digest({**sources, **{name: value.encode() for name, value in made_by.items()}})
+        files = files_of(cache, key, lambda: _compile(sources, compiler))
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder / LIBRARY
+
+
+def _compile(sources: Mapping[str, bytes], compiler: str) -> Mapping[str, bytes]:
+    """Both libraries by name."""
     openvino = openvino_folder()
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        for part in _FOLDERS:
-            (work / part).mkdir()
-            for source in sorted((_KERNELS / part).iterdir()):
-                if source.suffix in (".h", ".cpp"):
-                    shutil.copyfile(source, work / part / source.name)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        for name, content in sources.items():
+            (work / name).parent.mkdir(exist_ok=True)
+            (work / name).write_bytes(content)
         headers = ("-isystem", str(openvino / "include"), f"-ffile-prefix-map={openvino}=openvino")
         units = [
             [compiler, *_FLAGS, *flags, *(() if flags else headers), "-c", f"cpu/{unit}.cpp", "-o", f"{unit}.o"]
@@ -85,8 +109,7 @@ def build(folder: Path, *, compiler: str = "g++") -> Path:
         ):
             link = ["-L", str(openvino / "libs"), f"-l:{needed}", "-Wl,--build-id=none", "-Wl,-O1", "-s"]
             _run([compiler, "-shared", "-o", library, *(f"{unit}.o" for unit in parts), *link], work)
-            shutil.copyfile(work / library, folder / library)
-    return folder / LIBRARY
+        return {library: (work / library).read_bytes() for library in (LIBRARY, OPERATIONS)}
 
 
 def _run(command: Sequence[str], cwd: Path) -> str:
