@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hstu.artifact import Artifact
+from hstu.errors import ParameterError
 from hstu.tolerances import TOLERANCES, Tolerance
 from stages.contract import Outcome, Stage, say
 from stages.parameters import require
@@ -23,6 +24,7 @@ class BuildEngineParams:
 
     precision: Literal["fp32", "fp16", "bf16", "int8"]
     backend: Literal["auto", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt"]
+    rows: Literal["auto", "packed", "padded"]
     float_keep_wide: tuple[str, ...]
     int8_keep_wide: tuple[str, ...]
     int8_around: Literal["auto", "fp32", "fp16", "bf16"]
@@ -111,6 +113,7 @@ def run(params: BuildEngineParams, inputs: Mapping[str, Artifact], folder: Path)
         int8_keep_wide=params.int8_keep_wide,
         method=params.calibration_method,
         percentile=params.calibration_percentile,
+        packed=_packed(params.rows, target, surgery),
     )
     calibration = calibration.select(range(min(params.calibration_histories, len(calibration))))
     evaluation = Histories.load(checkpoint.file("evaluation.npz"))
@@ -125,10 +128,24 @@ def run(params: BuildEngineParams, inputs: Mapping[str, Artifact], folder: Path)
         "executed": target.executed,
         "figures_from": target.product if target.executed else "the same ONNX on ONNX Runtime",
         "precision": params.precision,
+        "rows": "packed" if recipe.packed else "padded",
         "chosen_because": why,
     }
     size = sum(file.stat().st_size for file in folder.iterdir())
     return Outcome(metrics={**figures, "bytes": size, "entries": sorted(spec.entries)}, platform=platform)
+
+
+def _packed(rows: str, target: Target, surgery: Artifact) -> bool:
+    """Whether the engine is made of the graphs without padding; ParameterError when it should and there are none."""
+    there = "retrieve.packed.onnx" in surgery.manifest["files"]
+    if rows == "packed" and not there:
+        raise ParameterError(
+            "build-engine.rows: surgery has packed no graphs",
+            got="packed",
+            expected="padded, or auto",
+            fix="put packing into surgery.passes and run surgery again",
+        )
+    return rows == "packed" or (rows == "auto" and there and target.packed)
 
 
 def _device(target: Target) -> str:

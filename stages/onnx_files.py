@@ -70,7 +70,17 @@ def write_model(model: onnx.ModelProto, folder: Path, name: str, writer: Weights
             values = onnx.numpy_helper.to_array(tensor)
             if values.nbytes > INLINE_BYTES:
                 _refer(tensor, *writer.add(values))
+    write_graph(model, folder, name)
+
+
+def write_graph(model: onnx.ModelProto, folder: Path, name: str) -> None:
+    """`folder/<name>.onnx` holds the model as it is; weights it refers to must stand there already."""
     (folder / f"{name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
+
+
+def read_graph(folder: Path, name: str) -> onnx.ModelProto:
+    """The model of an entry, its large weights where they are: it must be written to the same folder."""
+    return onnx.load(folder / f"{name}.onnx", load_external_data=False)
 
 
 def scope(node_name: str) -> str:
@@ -87,7 +97,7 @@ def write_models(models: Mapping[str, onnx.ModelProto], folder: Path) -> None:
 
 def read_models(folder: Path, names: Sequence[str]) -> dict[str, onnx.ModelProto]:
     """The models of `folder` by entry, every weight in memory."""
-    models = {name: onnx.load(folder / f"{name}.onnx", load_external_data=False) for name in names}
+    models = {name: read_graph(folder, name) for name in names}
     for model in models.values():
         load_external_data_for_model(model, str(folder))
     return models

@@ -18,15 +18,24 @@ from stages.parameters import require
 if TYPE_CHECKING:
     import onnx
 
-PassName = Literal["item_head", "fold_constants", "attention_function", "plain_gather", "last_position"]
+PassName = Literal[
+    "item_head", "fold_constants", "attention_function", "plain_gather", "last_position", "causal_tiles", "packing"
+]
 MODULES: Mapping[str, str] = {  # the order in which passes may run
     "item_head": "stages.passes.item_head",
     "fold_constants": "stages.passes.fold_constants",
     "attention_function": "stages.passes.attention_function",
     "plain_gather": "stages.passes.plain_gather",
     "last_position": "stages.passes.last_position",
+    "causal_tiles": "stages.passes.causal_tiles",
+    "packing": "stages.passes.packing",
 }
-NEEDS: Mapping[str, tuple[str, ...]] = {"last_position": ("fold_constants", "attention_function")}
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    "last_position": ("fold_constants", "attention_function"),
+    "causal_tiles": ("attention_function",),
+    "packing": ("fold_constants", "attention_function"),
+}
+PACKED = "packed"  # what packing makes stands beside the padded graph: which one is faster depends on the runtime
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +57,7 @@ class SurgeryParams:
 def run(params: SurgeryParams, inputs: Mapping[str, Artifact], folder: Path) -> Outcome:
     """Write the rewritten `<entry>.onnx`, `weights.bin`, `config.json` and `passes.json`.
 
+    The pass `packing` leaves these as they are and writes `<entry>.packed.onnx` beside them, with the same weights.
     After every pass each entry is linted, checked and held against the exported graph on ONNX Runtime;
     GateError names the pass that broke something, with the figures.
     """
@@ -65,12 +75,9 @@ def run(params: SurgeryParams, inputs: Mapping[str, Artifact], folder: Path) -> 
     onnx_files.write_models(onnx_files.read_models(source.path, names), folder)
     metrics: dict[str, Any] = {}
     for pass_name in params.passes:
-        models = onnx_files.read_models(folder, names)
-        models = {name: apply_pass(pass_name, models.pop(name), config) for name in names}
-        onnx_files.write_models(models, folder)
+        written = _rewrite(pass_name, names, folder, config)
         metrics[pass_name] = {}
-        for name in names:
-            model, path = models[name], folder / f"{name}.onnx"
+        for name, (model, path) in written.items():
             _check(pass_name, name, model, path, config)
             error = entry_check.require_equal(
                 name,
@@ -86,6 +93,25 @@ def run(params: SurgeryParams, inputs: Mapping[str, Artifact], folder: Path) -> 
     (folder / "passes.json").write_bytes(encode_json({"passes": reasons}))
     metrics["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
     return Outcome(metrics=metrics)
+
+
+def _rewrite(
+    pass_name: str, names: tuple[EntryName, ...], folder: Path, config: HSTUConfig
+) -> dict[EntryName, tuple[onnx.ModelProto, Path]]:
+    """Every entry's model after one pass, and the file it now stands in."""
+    from stages import onnx_files
+
+    written = {}
+    if pass_name == "packing":
+        for name in names:
+            model = apply_pass(pass_name, onnx_files.read_graph(folder, name), config)
+            onnx_files.write_graph(model, folder, f"{name}.{PACKED}")
+            written[name] = model, folder / f"{name}.{PACKED}.onnx"
+        return written
+    models = onnx_files.read_models(folder, names)
+    rewritten: dict[str, onnx.ModelProto] = {name: apply_pass(pass_name, models.pop(name), config) for name in names}
+    onnx_files.write_models(rewritten, folder)
+    return {name: (rewritten[name], folder / f"{name}.onnx") for name in names}
 
 
 def apply_pass(pass_name: str, model: onnx.ModelProto, config: HSTUConfig) -> onnx.ModelProto:

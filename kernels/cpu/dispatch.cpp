@@ -19,7 +19,7 @@ namespace {
 
 using hstu::Call;
 
-constexpr int32_t kVersion = 1;
+constexpr int32_t kVersion = 2;
 
 void serial(int64_t count, void (*body)(void*, int64_t), void* context) {
     for (int64_t i = 0; i < count; ++i) body(context, i);
@@ -111,6 +111,11 @@ const char* check(const Call& c) {
     if (c.batch < 0 || c.queries < 0 || c.prefix_rows < 0) return "a size is negative";
     if (c.heads < 1 || c.qk_dim < 1 || c.v_dim < 1 || c.max_length < 1) return "a dimension is not positive";
     if (c.bucket_type != hstu::kNoBuckets && (!c.buckets || !c.time_bias)) return "buckets without their table";
+    const int64_t* const starts[] = {c.u.starts, c.prefix_k.starts};
+    if (c.v.starts != starts[0] || c.q.starts != starts[0] || c.k.starts != starts[0] || c.prefix_v.starts != starts[1])
+        return "rows of one kind that start at different places";
+    for (const int64_t* start : starts)
+        if (start && start[0] < 0) return "a user's rows start before the first";
     const bool causal = c.mode == hstu::kCausal;
     if (!causal && c.mode != hstu::kCandidates && c.mode != hstu::kQueries) return "no such mode";
     if (!causal && !c.positions) return "query rows without positions";
@@ -119,6 +124,8 @@ const char* check(const Call& c) {
         const int64_t rows = c.lengths ? c.lengths[b] : c.queries, prefix = c.prefix_lengths ? c.prefix_lengths[b] : 0;
         if (rows < 0 || rows > c.queries) return "a length is outside 0..queries";
         if (prefix < 0 || prefix > c.prefix_rows) return "a prefix length is outside 0..prefix_rows";
+        if ((starts[0] && starts[0][b + 1] - starts[0][b] < rows) || (starts[1] && starts[1][b + 1] - starts[1][b] < prefix))
+            return "a user has more rows than stand before the next user's";
         if (prefix + (causal ? rows : 0) > c.max_length) return "a history is longer than max_length";
         for (int64_t i = 0; !causal && i < rows; ++i) {
             const int64_t position = c.positions[b * c.position_batch_stride + i * c.position_row_stride];

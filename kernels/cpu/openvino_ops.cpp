@@ -36,7 +36,7 @@ const char* at(const ov::Tensor& tensor, int64_t column) {
 hstu::Rows rows_of(const ov::Tensor& tensor, int64_t column) {
     const auto& shape = tensor.get_shape();
     const auto width = static_cast<int64_t>(shape[2]), rows = static_cast<int64_t>(shape[1]);
-    return {at(tensor, column), width, rows * width};
+    return {at(tensor, column), width, rows * width, nullptr};
 }
 
 std::vector<int64_t> integers(const ov::Tensor& tensor) {
@@ -49,7 +49,8 @@ std::vector<int64_t> integers(const ov::Tensor& tensor) {
     return values;
 }
 
-// Inputs as the function's (see the domain `hstu`), without the bias tables; buckets are uint8.
+// Inputs as the function's (see the domain `hstu`), without the bias tables; buckets are uint8. A jagged call has one
+// more: where the rows of each user's history, [1, rows of all users, columns], start.
 class Attention : public ov::op::Op {
 public:
     OPENVINO_OP("HSTUKernelAttention", "hstu");
@@ -67,7 +68,7 @@ public:
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
         auto clone = std::make_shared<Attention>();
         clone->m_call = m_call, clone->m_function = m_function, clone->m_layer = m_layer;
-        clone->m_v_offset = m_v_offset, clone->m_k_offset = m_k_offset;
+        clone->m_v_offset = m_v_offset, clone->m_k_offset = m_k_offset, clone->m_jagged = m_jagged;
         clone->set_arguments(inputs);
         clone->constructor_validate_and_infer_types();
         return clone;
@@ -79,6 +80,7 @@ public:
         visitor.on_attribute("v_offset", m_v_offset);
         visitor.on_attribute("k_offset", m_k_offset);
         visitor.on_attribute("layer", m_layer);
+        visitor.on_attribute("jagged", m_jagged);
         return true;
     }
 
@@ -96,7 +98,9 @@ public:
             outputs[1].set_shape({shape[0], shape[1], 1});
             c.out_scales = outputs[1].data<float>();
         }
-        std::vector<int64_t> positions, seen;
+        std::vector<int64_t> positions, seen, starts;
+        const size_t last = inputs.size() - (m_jagged ? 2 : 1);
+        if (m_jagged) starts = integers(inputs.back());
         if (c.mode == hstu::kQueries) {
             c.u = rows_of(rows, 0), c.q = rows_of(rows, hv);
             set_prefix(c, inputs[1], 0, hqk);
@@ -110,11 +114,15 @@ public:
             c.prefix_lengths = seen.data();
         } else {
             c.u = rows_of(rows, 0), c.v = rows_of(rows, hv), c.q = rows_of(rows, 2 * hv), c.k = rows_of(rows, 2 * hv + hqk);
-            const bool causal = c.mode == hstu::kCausal, cached = inputs.size() == 5;  // of a history that is extended
+            const bool causal = c.mode == hstu::kCausal, cached = last == 4;  // of a history that is extended
             set_buckets(c, inputs[causal && !cached ? 1 : 2]);
-            positions = integers(inputs.back());
+            positions = integers(inputs[last]);
             if (causal) {
                 c.lengths = positions.data();
+                if (m_jagged) {
+                    c.batch = static_cast<int64_t>(positions.size());
+                    c.queries = positions.empty() ? 0 : *std::max_element(positions.begin(), positions.end());
+                }
                 if (cached) {
                     set_cache(c, inputs[1]);
                     seen = integers(inputs[3]);
@@ -125,13 +133,14 @@ public:
                 c.positions = c.prefix_lengths = positions.data(), c.position_batch_stride = 1;
             }
         }
+        if (m_jagged) set_starts(c, inputs[c.mode == hstu::kQueries ? 1 : 0], starts);
         const char* error = reinterpret_cast<AttentionFunction>(m_function)(&c);
         OPENVINO_ASSERT(error == nullptr, "the attention kernel refuses the call: ", error ? error : "");
         return true;
     }
 
 private:
-    int64_t m_call = 0, m_function = 0, m_v_offset = 0, m_k_offset = 0, m_layer = 0;
+    int64_t m_call = 0, m_function = 0, m_v_offset = 0, m_k_offset = 0, m_layer = 0, m_jagged = 0;
 
     const hstu::Call& call() const { return *reinterpret_cast<const hstu::Call*>(m_call); }
     size_t rows_input() const { return call().mode == hstu::kCandidates ? 1 : 0; }
@@ -141,14 +150,24 @@ private:
         c.prefix_k = rows_of(tensor, k_column), c.prefix_v = rows_of(tensor, v_column);
     }
 
+    // The rows of the history, which are the query rows themselves in mode kCausal and the prefix in the others.
+    static void set_starts(hstu::Call& c, const ov::Tensor& history, const std::vector<int64_t>& starts) {
+        OPENVINO_ASSERT(static_cast<int64_t>(starts.size()) == c.batch + 1 && history.get_shape()[0] == 1 &&
+                            starts.back() <= static_cast<int64_t>(history.get_shape()[1]),
+                        "starts that do not fit their rows");
+        const bool causal = c.mode == hstu::kCausal;
+        for (hstu::Rows* rows : {&c.u, &c.v, &c.q, &c.k}) rows->starts = causal ? starts.data() : nullptr;
+        if (!causal) c.prefix_k.starts = c.prefix_v.starts = starts.data();
+    }
+
     // This layer's rows of a cache [batch, layers, rows, k and v], where they lie.
     void set_cache(hstu::Call& c, const ov::Tensor& tensor) const {
         const auto& shape = tensor.get_shape();
         const auto rows = static_cast<int64_t>(shape[2]), width = static_cast<int64_t>(shape[3]);
         const int64_t first = m_layer * rows * width, user = static_cast<int64_t>(shape[1]) * rows * width;
         c.prefix_rows = c.own_bucket_column = rows, c.prefix_type = float_type(tensor), c.prefix_activated = 1;
-        c.prefix_k = {at(tensor, first), width, user};
-        c.prefix_v = {at(tensor, first + c.heads * c.qk_dim), width, user};
+        c.prefix_k = {at(tensor, first), width, user, nullptr};
+        c.prefix_v = {at(tensor, first + c.heads * c.qk_dim), width, user, nullptr};
     }
 
     static void set_buckets(hstu::Call& c, const ov::Tensor& tensor) {

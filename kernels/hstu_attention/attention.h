@@ -19,7 +19,8 @@ constexpr int64_t kGroupBytes = 64 << 20;  // at most so much scratch for the us
 
 template <class T>
 inline const T* row(const Rows& rows, int64_t user, int64_t index) {
-    return static_cast<const T*>(rows.data) + user * rows.batch_stride + index * rows.row_stride;
+    const int64_t first = rows.starts ? rows.starts[user] * rows.row_stride : user * rows.batch_stride;
+    return static_cast<const T*>(rows.data) + first + index * rows.row_stride;
 }
 
 // Weights of a tile: SiLU(q k + bias) of the keys that are allowed, as words.
@@ -63,6 +64,7 @@ struct Attention {
     int64_t prefix(int64_t b) const { return call.prefix_lengths ? call.prefix_lengths[b] : 0; }
     int64_t rows_of(int64_t b) const { return call.lengths ? call.lengths[b] : call.queries; }
     int64_t keys_of(int64_t b) const { return prefix(b) + (call.mode == hstu::kCausal ? rows_of(b) : 0); }
+    int64_t first_out(int64_t b) const { return call.u.starts ? call.u.starts[b] : b * call.queries; }
     int64_t position(int64_t b, int64_t i) const {
         if (call.mode == hstu::kCausal) return prefix(b) + i;
         return call.positions[b * call.position_batch_stride + i * call.position_row_stride];
@@ -267,7 +269,7 @@ struct Attention {
     void finish(int64_t b, int64_t first, int64_t count, float* o) const {
         for (int64_t r = 0; r < count; ++r) {
             float* at = o + r * o_stride;
-            const int64_t index = b * call.queries + first + r;
+            const int64_t index = first_out(b) + first + r;
             const T* u = row<T>(call.u, b, first + r);
             if (call.mode == hstu::kCandidates) add_own(b, first + r, at);
             if (call.out_type == hstu::kBfloat16) {
@@ -327,10 +329,10 @@ struct Attention {
     }
 
     void clear(int64_t b) const {
-        const int64_t sizes[] = {4, 2, 1}, bytes = heads * dv * sizes[call.out_type], end = call.queries - rows_of(b);
-        const int64_t begin = b * call.queries + rows_of(b);
-        std::memset(static_cast<char*>(call.out) + begin * bytes, 0, end * bytes);
-        if (call.out_type == hstu::kInt8) std::memset(call.out_scales + begin, 0, end * sizeof(float));
+        const int64_t sizes[] = {4, 2, 1}, bytes = heads * dv * sizes[call.out_type];
+        const int64_t begin = first_out(b) + rows_of(b), count = first_out(b + 1) - begin;
+        std::memset(static_cast<char*>(call.out) + begin * bytes, 0, count * bytes);
+        if (call.out_type == hstu::kInt8) std::memset(call.out_scales + begin, 0, count * sizeof(float));
     }
 
     struct Work {  // a block of keys, or a strip of query rows

@@ -7,10 +7,13 @@ namespace hstu {
 enum Mode : int64_t { kCausal = 0, kCandidates = 1, kQueries = 2 };
 enum BucketType : int64_t { kNoBuckets = 0, kUint8 = 1, kInt32 = 4, kInt64 = 8 };
 
-// Rows [batch, rows, columns] of one tensor: strides count elements; columns are contiguous.
+// Rows [batch, rows, columns] of one tensor: strides count elements; columns are contiguous. With `starts` the users'
+// rows stand one after the other, without padding: those of user b are starts[b] .. starts[b + 1], of which it may
+// use fewer.
 struct Rows {
     const void* data;
     int64_t row_stride, batch_stride;
+    const int64_t* starts;  // [batch + 1], or null: user b's rows begin at b * batch_stride
 };
 
 // One call. User b sees the keys t = 0, 1, ...: first the prefix (prefix_lengths[b] rows of prefix_k, prefix_v),
@@ -20,8 +23,8 @@ struct Rows {
 //   kQueries: query row i stands at p = positions[b, i] and sees t <= p of the prefix; it has no k and v itself
 struct Call {
     int64_t batch, queries, heads, qk_dim, v_dim, max_length;
-    int64_t prefix_rows;  // rows that prefix_k and prefix_v have per user (0: there is no prefix)
-    Rows u, v, q, k;      // of the query rows, before SiLU
+    int64_t prefix_rows;  // rows that prefix_k and prefix_v have per user, at most (0: there is no prefix)
+    Rows u, v, q, k;      // of the query rows, at most `queries` of a user, before SiLU; all have the same `starts`
     Rows prefix_v, prefix_k;
     const int64_t* lengths;          // [batch], or null: every user has `queries` rows
     const int64_t* prefix_lengths;   // [batch], or null: 0
@@ -36,8 +39,8 @@ struct Call {
     int64_t own_bucket_row_stride, own_bucket_batch_stride;
     const uint8_t* mask;             // [batch, queries, keys], zero forbids; null: nothing more is forbidden
     int64_t mask_row_stride, mask_batch_stride;
-    void* out;                       // [batch, queries, heads * v_dim]; rows after the end become 0
-    float* out_scales;               // out_type kInt8: [batch, queries], a row is its scale times its int8 values
+    void* out;                       // [batch, queries, heads * v_dim], or as u.starts says; rows after the end become 0
+    float* out_scales;               // out_type kInt8: one for each row of out, which is its scale times its int8 values
     double epsilon;
     int64_t mode, in_type, out_type, compute_type, prefix_type, prefix_activated, bucket_type, threaded;
 };

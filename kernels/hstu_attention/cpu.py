@@ -14,7 +14,12 @@ _BUCKET_BYTES = {np.dtype(t): np.dtype(t).itemsize for t in (np.uint8, np.int32,
 
 
 class _Rows(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("row_stride", ctypes.c_int64), ("batch_stride", ctypes.c_int64))
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("row_stride", ctypes.c_int64),
+        ("batch_stride", ctypes.c_int64),
+        ("starts", ctypes.c_void_p),
+    )
 
 
 class Call(ctypes.Structure):
@@ -57,7 +62,10 @@ class Shape:
 class Attention:
     """The attention of one layer. `out` [B, Q, H·dv] may be float32, uint16 (bf16), or int8 with `out_scales`
     float32 [B, Q]: row = scale · int8 values, the largest of which is 127. Raises KernelError for calls that make
-    no sense."""
+    no sense.
+
+    With `starts` int64 [B+1] the rows of a history are jagged: [1, T, ·], user b's at starts[b] .. starts[b+1], and
+    what is said below of [B, L, ·] holds of them; buckets stay [B, ·, L]."""
 
     def __init__(self, library: Library, shape: Shape) -> None:
         if len(shape.position_bias) != 2 * shape.max_length - 1 or len(shape.time_bias) != 129:
@@ -92,6 +100,7 @@ class Attention:
         out_scales: Array | None = None,
         cache: tuple[Array, Array] | None = None,
         mask: Array | None = None,
+        starts: Array | None = None,
         threaded: bool = True,
     ) -> None:
         """`out` holds the gated output of rows uvqk [B, Q, W], before SiLU, that see the rows up to themselves.
@@ -105,13 +114,19 @@ class Attention:
         call = self._call(uvqk, (0, hv, 2 * hv, 2 * hv + hqk), 2 * (hv + hqk), out, out_scales, buckets, threaded)
         if lengths is not None:
             call.lengths = address(lengths, np.int64)
+        if starts is not None:
+            if lengths is None:
+                raise KernelError("jagged rows need the lengths of their histories")
+            call.batch, call.queries = len(lengths), int(lengths.max(initial=0))
+            for rows in (call.u, call.v, call.q, call.k):
+                rows.starts = _starts(starts, call.batch, uvqk)
         if mask is not None:
             call.mask = address(mask, np.uint8)
             call.mask_row_stride, call.mask_batch_stride = mask.shape[2], mask.shape[1] * mask.shape[2]
         if cache is not None:
-            rows, cached_lengths = cache
-            self._set_prefix(call, rows, 0, hqk, cached_lengths)
-            call.prefix_activated, call.own_bucket_column = 1, rows.shape[1]
+            cached, cached_lengths = cache
+            self._set_prefix(call, cached, 0, hqk, cached_lengths)
+            call.prefix_activated, call.own_bucket_column = 1, cached.shape[1]
         self._run(call)
 
     def queries(
@@ -123,6 +138,7 @@ class Attention:
         *,
         out: Array,
         out_scales: Array | None = None,
+        starts: Array | None = None,
         threaded: bool = True,
     ) -> None:
         """`out` holds the gated output of rows uq [B, Q, W/2] at positions int64 [B, Q] of a history.
@@ -134,7 +150,7 @@ class Attention:
         call = self._call(uq, (0, 0, hv, 0), hv + hqk, out, out_scales, buckets, threaded)
         call.mode = QUERIES
         seen = positions.max(axis=1, initial=-1) + 1
-        self._set_prefix(call, kv, 0, hqk, seen)
+        self._set_prefix(call, kv, 0, hqk, seen, starts)
         self._set_positions(call, positions)
         self._run(call)
 
@@ -150,6 +166,7 @@ class Attention:
         k_offset: int,
         own_buckets: Array | None = None,
         out_scales: Array | None = None,
+        starts: Array | None = None,
         threaded: bool = True,
     ) -> None:
         """`out` holds the gated output of candidates uvqk [B, C, W] that see history and themselves.
@@ -162,7 +179,7 @@ class Attention:
         call = self._call(uvqk, (0, hv, 2 * hv, 2 * hv + hqk), 2 * (hv + hqk), out, out_scales, buckets, threaded)
         call.mode = CANDIDATES
         seen = positions.max(axis=1, initial=0)
-        self._set_prefix(call, history, k_offset, v_offset, seen)
+        self._set_prefix(call, history, k_offset, v_offset, seen, starts)
         self._set_positions(call, positions)
         if own_buckets is not None:
             call.own_buckets = address(own_buckets, own_buckets.dtype)
@@ -200,12 +217,15 @@ class Attention:
         return call
 
     @staticmethod
-    def _set_prefix(call: Call, rows: Array, k_column: int, v_column: int, lengths: Array) -> None:
+    def _set_prefix(
+        call: Call, rows: Array, k_column: int, v_column: int, lengths: Array, starts: Array | None = None
+    ) -> None:
         size, (_, count, width) = rows.itemsize, rows.shape
         data = address(rows[:1], rows.dtype)  # of each user; users may stand apart, as one layer's rows of a cache do
+        first = None if starts is None else _starts(starts, len(lengths), rows)
         call.prefix_rows, call.prefix_type = count, float_type(rows)
-        call.prefix_k = data + k_column * size, width, rows.strides[0] // size
-        call.prefix_v = data + v_column * size, width, rows.strides[0] // size
+        call.prefix_k = data + k_column * size, width, rows.strides[0] // size, first
+        call.prefix_v = data + v_column * size, width, rows.strides[0] // size, first
         call.prefix_lengths = address(lengths, np.int64)
 
     @staticmethod
@@ -217,6 +237,13 @@ class Attention:
         error = self._function(ctypes.byref(call))
         if error:
             raise KernelError(f"the attention kernel refuses the call: {error.decode()}")
+
+
+def _starts(starts: Array, batch: int, rows: Array) -> int:
+    """Where the starts stand; KernelError when they are not those of `batch` users in jagged rows [1, T, ·]."""
+    if starts.shape != (batch + 1,) or rows.shape[0] != 1 or not 0 <= starts[-1] <= rows.shape[1]:
+        raise KernelError(f"{starts.tolist()} are no starts of {batch} users in rows of shape {rows.shape}")
+    return address(starts, np.int64)
 
 
 def time_buckets(

@@ -12,7 +12,7 @@ namespace {
 
 using hstu::HeadCall;
 
-constexpr int64_t kHeadChunk = 32;  // panels that one thread scores at a time
+constexpr int64_t kHeadChunk = 8;   // panels that one thread scores at a time
 constexpr float kSlack = 1e-6f;     // rounding of the float32 sums, for vectors of length 1
 
 // Where things stand in the packed table; items are padded to whole panels.

@@ -21,6 +21,7 @@ from kernels.cpu.library import LIBRARY, OPERATIONS, KernelError, Library
 from kernels.cpu.load import load
 from kernels.hstu_attention.cpu import time_buckets
 from serving.engine import Array, EngineSpec
+from serving.engines import openvino_packing
 from serving.engines.openvino_graph import read_model
 from serving.engines.openvino_ops import NativeOperations, Operations, PythonOperations
 from serving.time_features import NAMES, time_features
@@ -33,10 +34,11 @@ class OpenVinoEngine:
     """One compiled model per entry; all of them, and the attention kernel, share OpenVINO's one pool of threads.
 
     A compiled model has weights of its own. That of `extend`, which only those who keep states ask for, is
-    compiled when it is first asked for.
+    compiled when it is first asked for. `packing` False keeps the rows of padding in a graph that can do without.
     """
 
     backend = "openvino"
+    packing = True
 
     def __init__(self, folder: Path, spec: EngineSpec, *, threads: int | None = None) -> None:
         self.precision = spec.precision
@@ -70,6 +72,8 @@ class OpenVinoEngine:
         names = self._inputs[entry]
         features = time_features(self.config, feeds, frozenset(names) & frozenset(NAMES), self._buckets)
         given = {**feeds, **features, **self._fixed[entry]}
+        if openvino_packing.ROWS in names:
+            given |= openvino_packing.layout(feeds["lengths"], feeds["item_ids"].shape[1], packed=self.packing)
         inputs = {name: np.ascontiguousarray(given[name]) for name in names}
         with self._lock:
             request = self._requests[entry]

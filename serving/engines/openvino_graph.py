@@ -9,6 +9,8 @@ The file is the one every backend gets. What is changed while it is read:
   it into a second copy of the table;
 - scores of all items and their top K become one operation that gives the same K (`kernels.item_head`);
 - where attention is bfloat16 and the CPU multiplies it, no cast stands between attention and a float32 product;
+- where surgery has packed the rows of events, attention takes them as they are, and where they stand is an input
+  (`serving.engines.openvino_packing`);
 - an int8 W_o reads rows that the attention kernel has quantised, each by its own scale, in place of one scale for
   all rows: no row depends on another, and nothing is clipped.
 """
@@ -30,6 +32,7 @@ from kernels.cpu.library import Array, Library
 from kernels.hstu_attention.cpu import Attention, Shape
 from kernels.item_head.cpu import ItemHead
 from serving import time_features
+from serving.engines import openvino_packing
 from serving.engines.openvino_ops import FUNCTIONS, AttentionCall, HeadCall, Operations
 
 _TIMES = ("timestamps", "query_time", "cached_timestamps")
@@ -57,6 +60,7 @@ def read_model(path: Path, library: Library, operations: Operations) -> tuple[op
         ) from None
     reader.replace_times(model)
     reader.keep_item_table(model)
+    reader.use_packed_rows(model)
     reader.quantize_rows(model)
     reader.replace_item_head(model)
     model.add_parameters([reader.features[name] for name in sorted(reader.features)])
@@ -140,6 +144,27 @@ class _Reader:
             if rows.get_type_name() == "Gather" and _constant_name(rows.input_value(0)).startswith("item_embedding."):
                 node.input(1).replace_source_output(self._feature(_ITEM_SCALE, 1))
                 self.fixed[_ITEM_SCALE] = np.array(_data(factor), dtype=np.float32).reshape(1)
+
+    def use_packed_rows(self, model: openvino.Model) -> None:
+        """Attention reads and gives packed rows, if the graph has any; where they stand is an input."""
+        places = openvino_packing.replace_places(model, self._feature)
+        if places is None:
+            return
+        for node in model.get_ordered_ops():
+            call = self._call_of(node)
+            if call is None:
+                continue
+            inputs = node.input_values()
+            history = FUNCTIONS[call.function].history
+            rows = openvino_packing.packed_rows(_without_casts(inputs[history]), places)
+            inputs[history] = _without_casts(rows) if call.kernel.shape.bf16 else rows
+            made = self._attention([*inputs, self._feature(openvino_packing.STARTS, 1)], replace(call, jagged=True))
+            made.set_friendly_name(node.get_friendly_name())
+            if call.function in openvino_packing.GIVES_HISTORY:
+                for packed in openvino_packing.packings(node.output(0), places):
+                    _replace(packed, made.output(0), "")
+            else:
+                _replace(node.output(0), made.output(0), "")
 
     def quantize_rows(self, model: openvino.Model) -> None:
         """An int8 W_o, the product of what attention gives, reads int8 rows that attention has made."""

@@ -8,6 +8,7 @@ which go with any but cost a tenth of a millisecond a call. Tensors of bfloat16 
 from __future__ import annotations
 
 import ctypes
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +39,9 @@ class AttentionCall:
     v_offset: int = 0  # of candidates: where v and k stand in the history
     k_offset: int = 0
     layer: int = 0  # whose rows of a cache are meant
+    jagged: bool = (
+        False  # rows of the history are [1, T, ·], and one more input int32 [B+1] says where each user's start
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +67,16 @@ class Function:
     buckets: int
     feature: str  # of `serving.time_features`: what the buckets are
     cache: int | None = None  # float32 [B, layers, P, W/2], read where it lies
+
+    @property
+    def history(self) -> int:
+        """Which input has the rows of the history, or what is new of it."""
+        return self.projections[-1]
+
+    @property
+    def extends_queries(self) -> bool:
+        """Whether single rows see cached and new events."""
+        return self.cache is not None and self.mode == QUERIES
 
 
 FUNCTIONS = {
@@ -106,14 +120,14 @@ class NativeOperations:
     def attention(self, inputs: list[Any], call: AttentionCall) -> Any:
         """A node that computes the call of these inputs."""
         function = FUNCTIONS[call.function]
-        if function.cache is not None and function.mode == QUERIES:  # once a model: not worth another form
+        if function.extends_queries:  # once a model: not worth another form
             return AttentionOp(inputs, call)
         out_type = {Type.f32: FLOAT32, Type.bf16: BFLOAT16, Type.i8: INT8}[call.output]
         prepared = call.kernel.prepared(function.mode, out_type)
         self._kept += [call, prepared]
         attributes = {"call": ctypes.addressof(prepared), "function": call.kernel.function}
         offsets = {"v_offset": call.v_offset, "k_offset": call.k_offset, "layer": call.layer}
-        return self._factory.create("HSTUKernelAttention", inputs, attributes | offsets)
+        return self._factory.create("HSTUKernelAttention", inputs, attributes | offsets | {"jagged": int(call.jagged)})
 
     def item_head(self, embedding: Any, call: HeadCall) -> Any:
         """A node with the K best items of each user."""
@@ -178,6 +192,7 @@ class AttentionOp(KernelOp):
         """The kernel's answer stands in the outputs."""
         function, kernel = FUNCTIONS[self.call.function], self.call.kernel
         arrays = [_array(tensor) for tensor in inputs]
+        starts = arrays.pop().astype(np.int64) if self.call.jagged else None
         batch, rows, _ = arrays[function.projections[0]].shape
         outputs[0].shape = [batch, rows, kernel.shape.heads * kernel.shape.v_dim]
         out, scales = _array(outputs[0]), None
@@ -188,13 +203,18 @@ class AttentionOp(KernelOp):
         if function.cache is not None:
             cached = arrays[function.cache][:, self.call.layer], arrays[-2].astype(np.int64)
             if function.mode == CAUSAL:
-                kernel.attention(arrays[0], arrays[2], integers, out=out, out_scales=scales, cache=cached)
+                kernel.attention(
+                    arrays[0], arrays[2], integers, out=out, out_scales=scales, cache=cached, starts=starts
+                )
             else:
-                _extend_queries(kernel, arrays[0], arrays[1], arrays[3], integers, out, scales, cached)
+                kv = (
+                    arrays[1] if starts is None else _padded(arrays[1], starts, arrays[3].shape[2] - cached[0].shape[1])
+                )
+                _extend_queries(kernel, arrays[0], kv, arrays[3], integers, out, scales, cached)
         elif function.mode == CAUSAL:
-            kernel.attention(arrays[0], arrays[1], integers, out=out, out_scales=scales)
+            kernel.attention(arrays[0], arrays[1], integers, out=out, out_scales=scales, starts=starts)
         elif function.mode == QUERIES:
-            kernel.queries(arrays[0], arrays[1], arrays[2], integers, out=out, out_scales=scales)
+            kernel.queries(arrays[0], arrays[1], arrays[2], integers, out=out, out_scales=scales, starts=starts)
         else:
             kernel.candidates(
                 arrays[0],
@@ -203,10 +223,19 @@ class AttentionOp(KernelOp):
                 integers[:, None],
                 out=out,
                 out_scales=scales,
+                starts=starts,
                 v_offset=self.call.v_offset,
                 k_offset=self.call.k_offset,
             )
         return True
+
+
+def _padded(rows: Array, starts: Array, width: int) -> Array:
+    """Jagged rows [1, T, ·] as [B, width, ·], zero after each user's."""
+    padded = np.zeros((len(starts) - 1, width, rows.shape[2]), rows.dtype)
+    for user, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
+        padded[user, : end - start] = rows[0, start:end]
+    return padded
 
 
 def _extend_queries(

@@ -9,6 +9,8 @@ when its inputs become float16 or bfloat16.
 
 from __future__ import annotations
 
+import re
+
 HISTORY = "HSTUAttention"
 QUERIES = "HSTUQueryAttention"
 CANDIDATES = "HSTUCandidateAttention"
@@ -89,9 +91,9 @@ _TOEPLITZ = """
     position_part = Reshape(pairs, square_shape)
 """
 
-_HISTORY = (
-    "uvqk, buckets, lengths, position_bias, time_bias",
-    f"""
+# Up to the mask, all that attention of a history is made of; then either all pairs at once or tile by tile.
+_HISTORY_FORMALS = "uvqk, buckets, lengths, position_bias, time_bias"
+_HISTORY_PARTS = f"""
     {_AXES}{_POSITIONS}
     uvqk_gate = Sigmoid(uvqk)
     uvqk_silu = Mul(uvqk, uvqk_gate)
@@ -108,11 +110,71 @@ _HISTORY = (
     allowed = And(causal, inside)
     allowed_heads = Unsqueeze(allowed, first_axis)
     mask = CastLike(allowed_heads, uvqk)
+"""
+
+_HISTORY = (
+    _HISTORY_FORMALS,
+    f"""
+    {_HISTORY_PARTS}
     {_ATTEND}
     attended = Identity(sum_rows)
     {_GATE}
     """,
 )
+
+
+def tiled_history(tiles: int) -> tuple[str, str]:
+    """The body of HSTUAttention whose rows are cut into tiles that read the keys up to their last row."""
+    each = "\n".join(_tile(index) for index in range(tiles))
+    return (
+        _HISTORY_FORMALS,
+        f"""
+    {_HISTORY_PARTS}
+    q_split = Reshape(q_rows, qk_heads)
+    q = Transpose<perm = [0, 2, 1, 3]>(q_split)
+    row_axis = Constant<value_ints = [2]>()
+    key_axis = Constant<value_ints = [3]>()
+    pair_axes = Constant<value_ints = [2, 3]>()
+    head_axes = Constant<value_ints = [0, 1]>()
+    position_heads = Unsqueeze(position_part, head_axes)
+    buckets_heads = Unsqueeze(buckets, first_axis)
+    num_tiles = Constant<value_ints = [{tiles}]>()
+    stop_0 = Constant<value_ints = [0]>()
+    {each}
+    sums = Concat<axis = 2>({", ".join(f"sums_{index + 1}" for index in range(tiles))})
+    attended = Transpose<perm = [0, 2, 1, 3]>(sums)
+    {_GATE}
+    """,
+    )
+
+
+def _tile(index: int) -> str:
+    """Rows stop_i .. stop_{i+1} of the history; none when there are fewer events than tiles."""
+    body = f"""
+    through = Constant<value_ints = [{index + 1}]>()
+    rows_before = Mul(key_count, through)
+    stop = Div(rows_before, num_tiles)
+    pair_start = Concat<axis = 0>(PREVIOUS, origin)
+    pair_stop = Concat<axis = 0>(stop, stop)
+    q_tile = Slice(q, PREVIOUS, stop, row_axis)
+    k_tile = Slice(k, origin, stop, key_axis)
+    v_tile = Slice(v, origin, stop, row_axis)
+    buckets_tile = Slice(buckets_heads, pair_start, pair_stop, pair_axes)
+    position_tile = Slice(position_heads, pair_start, pair_stop, pair_axes)
+    mask_tile = Slice(mask, pair_start, pair_stop, pair_axes)
+    products = MatMul(q_tile, k_tile)
+    time_tile = Gather(time_bias, buckets_tile)
+    bias = Add(time_tile, position_tile)
+    scores = Add(products, bias)
+    scores_gate = Sigmoid(scores)
+    weights = Mul(scores, scores_gate)
+    masked = Mul(weights, mask_tile)
+    sums = MatMul(masked, v_tile)"""
+    made = re.findall(r"(\w+) =", re.sub(r"<.*?>", "", body))
+    names = "|".join(sorted(made, key=len, reverse=True))
+    body = re.sub(rf"\b({names})\b", rf"\1_{index + 1}", body)
+    return body.replace("PREVIOUS", f"stop_{index}")
+
 
 _QUERIES = (
     "uq, kv, buckets, position, position_bias, time_bias",

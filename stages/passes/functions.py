@@ -34,7 +34,7 @@ import re
 import onnx
 
 from hstu.config import LAYER_NORM_EPS, HSTUConfig
-from stages.passes.function_bodies import BODIES, CANDIDATES, EXTEND, EXTEND_QUERIES, HISTORY, QUERIES
+from stages.passes.function_bodies import BODIES, CANDIDATES, EXTEND, EXTEND_QUERIES, HISTORY, QUERIES, tiled_history
 
 DOMAIN = "hstu"
 DOMAIN_VERSION = 1
@@ -60,9 +60,12 @@ def attributes(config: HSTUConfig) -> dict[str, int | float]:
     }
 
 
-def attention_function(name: str, config: HSTUConfig, opset: int) -> onnx.FunctionProto:
-    """The function's definition for a model of this shape; every name in it begins with `<name>.`."""
-    formals, body = BODIES[name]
+def attention_function(name: str, config: HSTUConfig, opset: int, *, tiles: int = 1) -> onnx.FunctionProto:
+    """The function's definition for a model of this shape; every name in it begins with `<name>.`.
+
+    HSTUAttention may be computed in `tiles` tiles (`stages.passes.causal_tiles`).
+    """
+    formals, body = BODIES[name] if tiles == 1 else tiled_history(tiles)
     sizes = {
         "H": config.num_heads,
         "DQK": config.qk_dim,

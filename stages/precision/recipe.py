@@ -44,11 +44,16 @@ class Recipe:
     int8_keep_wide: tuple[str, ...]
     method: calibration.Method
     percentile: float
+    packed: bool = False  # the graphs that surgery's pass `packing` wrote
 
     @property
     def floats(self) -> str:
         """The type of what is not int8: fp32, fp16 or bf16."""
         return self.around if self.precision == "int8" else self.precision
+
+    def source(self, folder: Path, name: str) -> Path:
+        """The file of an entry in the surgery artifact that is lowered."""
+        return folder / (f"{name}.packed.onnx" if self.packed else f"{name}.onnx")
 
 
 def lower_entry(
@@ -59,7 +64,7 @@ def lower_entry(
     With `emulated` what is bf16 computes in float32 and rounds where bf16 would. Raises ParameterError when
     `keep_wide` names what the model does not have, GateError when the result breaks a rule of TensorRT's.
     """
-    model = ir.load(folder / f"{name}.onnx")
+    model = ir.load(recipe.source(folder, name))
     linears = find_linears(model)
     types = {linear.name: "float32" for linear in linears}
     facts: dict[str, Any] = {"linears": types, "attention": "float32", "tables": "float32"}
@@ -111,7 +116,7 @@ def activation_scales(
     `extend` takes those that the same weights have in `retrieve`: a returning user gets that entry's answers.
     """
     if name == "extend":
-        all_of_retrieve = {x.weight.name: x for x in find_linears(ir.load(folder / "retrieve.onnx"))}
+        all_of_retrieve = {x.weight.name: x for x in find_linears(ir.load(recipe.source(folder, "retrieve")))}
         same = {linear.name: all_of_retrieve[linear.weight.name] for linear in narrow}
         found = activation_scales(folder, "retrieve", config, recipe, histories, list(same.values()))
         return {linear: found[other.name] for linear, other in same.items()}
@@ -125,7 +130,7 @@ def activation_scales(
         return feeds
 
     observed = list(dict.fromkeys(tensors.values()))
-    fitted, held_out = calibration.observe(folder / f"{name}.onnx", observed, batches())
+    fitted, held_out = calibration.observe(recipe.source(folder, name), observed, batches())
     scales = {
         tensor: calibration.fit(fitted[tensor], held_out[tensor], recipe.method, percentile=recipe.percentile)
         for tensor in observed

@@ -196,6 +196,91 @@ def test_candidates_equal_the_truth(library: Library, isa: str, columns: str, co
         assert_equal(out[b], truth)
 
 
+JAGGED = (0, 1, 63, 0, 64, 65, 2)
+
+
+def jagged(padded: Array, lengths: Array, gap: int) -> tuple[Array, Array]:
+    """Rows [1, T, ·] of all users and where each user's start; poison stands in `gap` rows after each user."""
+    rows, starts = [], [0]
+    for b, n in enumerate(lengths):
+        rows += [padded[b, :n], np.full((gap, padded.shape[2]), np.nan, np.float32)]
+        starts.append(starts[-1] + int(n) + gap)
+    return np.concatenate(rows)[None], np.array(starts, dtype=np.int64)
+
+
+@pytest.mark.parametrize("gap", [0, 1])
+@pytest.mark.parametrize("io", ["float32", "int8"])
+def test_rows_without_padding_equal_padded_ones(library: Library, isa: str, gap: int, io: str) -> None:
+    """A row's answer is the same bits; what stands after a user's rows becomes zero."""
+    problem = Problem(3, 20, 36, JAGGED)
+    attention = cpu.Attention(library, problem.shape)
+    rows, starts = jagged(problem.uvqk, problem.lengths, gap)
+    whole, out = problem.poisoned(), np.full((1, rows.shape[1], problem.out_width), np.nan, np.float32)
+    scales = None
+    if io == "int8":
+        whole, out = np.full(whole.shape, 99, np.int8), np.full(out.shape, 99, np.int8)
+        scales = np.full(out.shape[:2], np.nan, np.float32)
+    padded_scales = None if scales is None else np.full(whole.shape[:2], np.nan, np.float32)
+    attention.attention(problem.uvqk, problem.buckets, problem.lengths, out=whole, out_scales=padded_scales)
+    attention.attention(rows, problem.buckets, problem.lengths, out=out, out_scales=scales, starts=starts)
+    for b, n in enumerate(problem.lengths):
+        assert np.array_equal(out[0, starts[b] : starts[b] + n], whole[b, :n])
+        assert not out[0, starts[b] + n : starts[b + 1]].any()
+        if scales is not None and padded_scales is not None:
+            assert np.array_equal(scales[0, starts[b] : starts[b] + n], padded_scales[b, :n])
+        else:
+            assert_equal(out[0, starts[b] : starts[b] + n], problem.truth(b))
+
+
+@pytest.mark.parametrize("mode", ["candidates", "queries", "extend"])
+def test_a_history_without_padding_is_the_same_history(library: Library, isa: str, mode: str) -> None:
+    heads, d, rng = 2, 24, np.random.default_rng(8)
+    problem = Problem(heads, d, d, JAGGED)
+    attention, users = cpu.Attention(library, problem.shape), len(JAGGED)
+    rows, starts = jagged(problem.uvqk, problem.lengths, 1)
+    if mode == "extend":
+        cache = rng.standard_normal((users, 4, 2 * heads * d)).astype(np.float32), np.array([0, 4, 3, 1, 0, 2, 4])
+        buckets = rng.integers(0, 129, (users, problem.rows, 4 + problem.rows)).astype(np.uint8)
+        whole, out = problem.poisoned(), np.full((1, rows.shape[1], heads * d), np.nan, np.float32)
+        attention.attention(problem.uvqk, buckets, problem.lengths, out=whole, cache=cache)
+        attention.attention(rows, buckets, problem.lengths, out=out, cache=cache, starts=starts)
+        for b, n in enumerate(problem.lengths):
+            assert np.array_equal(out[0, starts[b] : starts[b] + n], whole[b, :n])
+        return
+    asked = rng.standard_normal((users, 5, problem.width)).astype(np.float32)
+    buckets = rng.integers(0, 129, (users, 1, problem.rows)).astype(np.uint8)
+    outs = [np.full((users, 5, heads * d), np.nan, np.float32) for _ in range(2)]
+    for history, out, first in ((problem.uvqk, outs[0], None), (rows, outs[1], starts)):
+        if mode == "candidates":
+            attention.candidates(
+                history, asked, buckets, problem.lengths[:, None], out=out, v_offset=heads * d, k_offset=3 * heads * d,
+                starts=first,
+            )  # fmt: skip
+        else:
+            uq, kv = (np.ascontiguousarray(part[..., : 2 * heads * d]) for part in (asked, history))
+            positions = np.repeat(problem.lengths[:, None] - 1, 5, axis=1)
+            attention.queries(uq, kv, buckets, positions, out=out, starts=first)
+    assert np.array_equal(*outs)
+    assert np.isfinite(outs[0]).all()
+
+
+def test_starts_that_make_no_sense_are_refused(library: Library) -> None:
+    problem = Problem(1, 16, 16, (20, 10))
+    attention, out = cpu.Attention(library, problem.shape), np.zeros((1, 30, 16), np.float32)
+    rows = np.concatenate([problem.uvqk[0], problem.uvqk[1, :10]])[None]
+    for starts, message in (
+        ([0, 20], "no starts of 2 users"),
+        ([0, 20, 31], "no starts of 2 users"),
+        ([0, 19, 30], "more rows than stand before"),
+        ([0, 21, 30], "more rows than stand before"),
+        ([-1, 20, 30], "start before the first"),
+    ):
+        with pytest.raises(KernelError, match=message):
+            attention.attention(rows, None, problem.lengths, out=out, starts=np.array(starts, dtype=np.int64))
+    with pytest.raises(KernelError, match="need the lengths"):
+        attention.attention(rows, None, None, out=out, starts=np.array([0, 20, 30], dtype=np.int64))
+
+
 def test_equals_the_eager_module(library: Library, isa: str) -> None:
     config = HSTUConfig(num_items=9, embedding_dim=8, num_layers=1, num_heads=2, qk_dim=50, v_dim=50, max_history=70)
     module, generator = HSTUAttention(config), torch.Generator().manual_seed(5)

@@ -32,7 +32,9 @@ from tests.models import TINY, TINY_RESEARCH, random_histories, random_model
 WIDE_CONFIG = HSTUConfig(  # heads and widths that fill no vector, more positions than a block of keys
     num_items=700, embedding_dim=40, num_layers=3, num_heads=3, qk_dim=10, v_dim=12, max_history=150
 )
-CONFIGS = {"tiny": TINY, "research": TINY_RESEARCH, "wide": WIDE_CONFIG}
+CONFIGS = {"tiny": TINY, "research": TINY_RESEARCH, "wide": WIDE_CONFIG, "padded": TINY}
+MODELS = ("tiny", "research", "wide")  # "padded" is "tiny" with padded rows, as "research" has them
+PADDED = tuple(name for name in surgery.MODULES if name != "packing")
 PRECISIONS = ("fp32", "bf16", "int8", "int8-all")
 
 Folders = Callable[[str, str], Path]
@@ -67,7 +69,7 @@ def engine_folder(tmp_path_factory: pytest.TempPathFactory, library_file: Path) 
     def make(name: str, precision: str) -> Path:
         config, source, folder = CONFIGS[name], root / name, root / f"{name}-{precision}"
         if not source.exists():
-            write_surgered(config, source)
+            write_surgered(config, source, PADDED if name in ("research", "padded") else tuple(surgery.MODULES))
         if not folder.exists():
             folder.mkdir()
             for file in (LIBRARY, OPERATIONS):
@@ -103,7 +105,7 @@ def batches(config: HSTUConfig, name: EntryName) -> list[dict[str, Array]]:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("model", list(CONFIGS))
+@pytest.mark.parametrize("model", MODELS)
 def test_answers_are_those_of_eager(
     engine_folder: Folders, eager: Mapping[str, TorchEngine], model: str, precision: str
 ) -> None:
@@ -174,6 +176,36 @@ def test_operations_in_python_take_the_place_of_others_openvinos(
         for feeds in batches(TINY, name):
             answer, expected = other.run(name, feeds), native.run(name, feeds)
             assert all(np.array_equal(answer[output], expected[output]) for output in expected)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rows_without_padding_answer_as_padded_ones(engine_folder: Folders, precision: str) -> None:
+    """Whoever shares the batch; and the packed graph itself may keep the padding."""
+    packed, padded = (open_engine(engine_folder(name, precision), threads=1) for name in ("tiny", "padded"))
+    kept = open_engine(engine_folder("tiny", precision), threads=1)
+    assert isinstance(packed, OpenVinoEngine)
+    assert isinstance(kept, OpenVinoEngine)
+    assert "packed_rows" in [port.any_name for port in packed.compiled["retrieve"].inputs]
+    kept.packing = False
+    limit = {"fp32": 1e-6, "bf16": 4e-3, "int8": 4e-3}[precision[:4]]  # bits of rows are equal, not of products
+    for name in entry_names(TINY):
+        mixed = [random_feeds(TINY, name, lengths, seed=9) for lengths in ([1, 20, 2, 3], [5, 1], [20] * 3)]
+        for feeds in [*batches(TINY, name), *mixed]:
+            expected = padded.run(name, feeds)
+            if precision != "fp32":
+                expected.pop("cache_rows", None)  # of any size
+            assert worst_error(expected, packed.run(name, feeds)) <= limit
+            assert worst_error(expected, kept.run(name, feeds)) <= limit
+
+
+def test_no_one_in_a_batch_has_events(engine_folder: Folders, eager: Mapping[str, TorchEngine]) -> None:
+    engine = open_engine(engine_folder("tiny", "fp32"), threads=1)
+    for name in ("retrieve", "rank"):
+        for lengths in ([0], [0, 0, 0]):
+            feeds = random_feeds(TINY, name, lengths) | {
+                key: np.zeros((len(lengths), 4), dtype=np.int64) for key in ("item_ids", "timestamps", "actions")
+            }
+            assert worst_error(eager["tiny"].run(name, feeds), engine.run(name, feeds)) <= 1e-6
 
 
 def test_two_threads_answer_as_one(engine_folder: Folders) -> None:

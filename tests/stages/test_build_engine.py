@@ -27,10 +27,12 @@ from stages.onnx_files import read_models
 from stages.tensorrt.builder import BuildSettings, build
 from stages.tensorrt.products import TENSORRT, TENSORRT_RTX, RejectedError, has_module
 from tests.models import TINY
+from tests.stages.conftest import operate
 
 PARAMS = BuildEngineParams(
     precision="fp32",
     backend="onnxruntime",
+    rows="auto",
     float_keep_wide=("hidden", "logits"),
     int8_keep_wide=("output", "hidden", "logits"),
     int8_around="auto",
@@ -141,6 +143,28 @@ def test_the_same_inputs_give_the_same_bytes(
     again, outcome_again = make(tmp_path / "again", BuildEngineParams(**artifact.params), inputs)
     assert again.id == artifact.id
     assert outcome_again.metrics == outcome.metrics
+
+
+@pytest.mark.parametrize(
+    ("backend", "rows", "packed"),
+    [("onnxruntime", "packed", True), ("openvino", "auto", True), ("openvino", "padded", False)],
+)
+def test_rows_may_be_packed(inputs: dict[str, Artifact], tmp_path: Path, backend: str, rows: str, packed: bool) -> None:
+    artifact, outcome = make(tmp_path / "engine", params("fp32", backend=backend, rows=rows), inputs)
+    assert outcome.platform is not None
+    assert outcome.platform["rows"] == ("packed" if packed else "padded")
+    assert json.loads(artifact.file("recipe.json").read_text())["recipe"]["packed"] == packed
+    made = {name for node in onnx.load(artifact.file("retrieve.onnx")).graph.node for name in node.output}
+    assert ("packing.rows" in made) == packed
+
+
+def test_rows_cannot_be_packed_without_the_pass(exported: Artifact, checkpoint: Artifact, tmp_path: Path) -> None:
+    inputs = {"surgery": operate(exported, tmp_path / "surgery", ("fold_constants",)), "checkpoint": checkpoint}
+    _, outcome = make(tmp_path / "auto", params("fp32", evaluation_histories=4), inputs)
+    assert outcome.platform is not None
+    assert outcome.platform["rows"] == "padded"
+    with pytest.raises(ParameterError, match="surgery has packed no graphs"):
+        make(tmp_path / "packed", params("fp32", rows="packed"), inputs)
 
 
 def test_an_engine_that_fails_its_gate_is_refused_with_the_figures(inputs: dict[str, Artifact], tmp_path: Path) -> None:

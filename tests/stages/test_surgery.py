@@ -40,8 +40,9 @@ def test_entries_equal_eager_on_every_shape(surgered: Artifact, lengths: list[in
     feeds: dict[str, Any] = dict(histories.feeds(TINY))
     candidates = random_candidates(TINY, num_users=len(lengths), num_candidates=num_candidates)
     for name, inputs in (("retrieve", feeds), ("rank", feeds | {"candidate_ids": candidates})):
-        got = entry_check.onnxruntime_entry(surgered.file(f"{name}.onnx"))(inputs)
-        assert entry_check.worst_error(eager.run(name, inputs), got) <= 1e-6  # type: ignore[arg-type]
+        for file in (f"{name}.onnx", f"{name}.packed.onnx"):
+            got = entry_check.onnxruntime_entry(surgered.file(file))(inputs)
+            assert entry_check.worst_error(eager.run(name, inputs), got) <= 1e-6  # type: ignore[arg-type]
 
 
 def test_what_stands_after_the_end_of_a_history_does_not_matter(surgered: Artifact) -> None:
@@ -103,6 +104,9 @@ def test_artifact_tells_its_passes(surgered: Artifact) -> None:
         "retrieve.onnx",
         "rank.onnx",
         "extend.onnx",
+        "retrieve.packed.onnx",
+        "rank.packed.onnx",
+        "extend.packed.onnx",
         "weights.bin",
         "config.json",
         "passes.json",
@@ -119,6 +123,7 @@ def test_same_input_same_bytes(surgered: Artifact, exported: Artifact, tmp_path:
 @pytest.mark.parametrize("passes", [(), ("item_head",), ("attention_function",), ("fold_constants", "plain_gather")])
 def test_passes_may_be_left_out(exported: Artifact, tmp_path: Path, passes: tuple[str, ...]) -> None:
     artifact = operate(exported, tmp_path / "some", passes)
+    assert not list(artifact.path.glob("*.packed.onnx"))
     for name in ("retrieve", "rank"):
         assert lint(load(artifact, name)) == []
         onnx_files.check_interface(load(artifact, name), entry(TINY, name))  # type: ignore[arg-type]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -9,8 +12,9 @@ import pytest
 
 from hstu.artifact import Artifact
 from hstu.errors import GateError
-from stages import onnx_files, surgery
-from stages.passes import attention_function, functions, item_head
+from stages import entry_check, onnx_files, surgery
+from stages.passes import attention_function, causal_tiles, functions, item_head
+from stages.passes.lint import lint
 from tests.models import TINY, random_model
 
 
@@ -61,6 +65,51 @@ def test_attention_function_takes_the_whole_attention(models: dict[str, onnx.Mod
     for model in models.values():
         left = [n for n in apply(model, "attention_function").graph.node if "attention" in n.name]
         assert {n.domain for n in left} == {functions.DOMAIN}
+
+
+ALL_BUT_PACKING = tuple(name for name in surgery.MODULES if name != "packing")
+
+
+@pytest.mark.parametrize("passes", [("fold_constants", "attention_function"), ALL_BUT_PACKING])
+@pytest.mark.parametrize("entry", ["retrieve", "rank", "extend"])
+def test_packing_takes_padding_out_of_every_product(exported: Artifact, entry: str, passes: tuple[str, ...]) -> None:
+    before = apply(onnx_files.read_models(exported.path, [entry])[entry], *passes)
+    after = apply(before, "packing")
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in after.graph.value_info}
+    products = [n for n in after.graph.node if n.op_type == "MatMul" and (".uvqk/" in n.name or ".output/" in n.name)]
+    packed = [n for n in products if shapes[n.output[0]][0] == 1]
+    others = 2 if "last_position" in passes and entry != "rank" else 0  # uq and W_o of the last layer
+    of_candidates = 2 * TINY.num_layers if entry == "rank" else 0
+    assert len(packed) == len(products) - others - of_candidates
+    assert {n.name: n.input[1] for n in products} == {
+        n.name: n.input[1] for n in before.graph.node if n.op_type == "MatMul" and n.name in {p.name for p in products}
+    }
+    made = {name for n in after.graph.node for name in n.output}
+    assert {"packing.rows", "packing.places"} <= made
+
+
+def test_causal_tiles_are_for_long_histories(models: dict[str, onnx.ModelProto]) -> None:
+    model = apply(models["retrieve"], "attention_function")
+    assert apply(model, "causal_tiles").functions == model.functions
+    tiled = surgery.apply_pass("causal_tiles", model, replace(TINY, max_history=causal_tiles.LONG))
+    function = next(f for f in tiled.functions if f.name == "HSTUAttention")
+    assert sum(n.op_type == "MatMul" for n in function.node) == 2 * 4
+    assert lint(tiled) == []
+
+
+@pytest.mark.parametrize("lengths", [[1], [3, 0, 7], [8, 9, 1], [20, 19, 13]])
+def test_causal_tiles_answer_as_the_whole(
+    models: dict[str, onnx.ModelProto], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lengths: list[int]
+) -> None:
+    monkeypatch.setattr(causal_tiles, "LONG", 1)
+    feeds = entry_check.random_feeds(TINY, "retrieve", lengths)
+    answers = []
+    whole = apply(models["retrieve"], "attention_function")
+    for model in (whole, apply(whole, "causal_tiles")):
+        path = tmp_path / f"{len(answers)}.onnx"
+        onnx.save(model, path)
+        answers.append(entry_check.onnxruntime_entry(path)(feeds))
+    assert entry_check.worst_error(*answers) <= 1e-6
 
 
 def test_attention_function_refuses_an_input_it_does_not_know(models: dict[str, onnx.ModelProto]) -> None:
