@@ -34,11 +34,10 @@ class OpenVinoEngine:
     """One compiled model per entry; all of them, and the attention kernel, share OpenVINO's one pool of threads.
 
     A compiled model has weights of its own. That of `extend`, which only those who keep states ask for, is
-    compiled when it is first asked for. `packing` False keeps the rows of padding in a graph that can do without.
+    compiled when it is first asked for.
     """
 
     backend = "openvino"
-    packing = True
 
     def __init__(self, folder: Path, spec: EngineSpec, *, threads: int | None = None) -> None:
         self.precision = spec.precision
@@ -73,7 +72,7 @@ class OpenVinoEngine:
         features = time_features(self.config, feeds, frozenset(names) & frozenset(NAMES), self._buckets)
         given = {**feeds, **features, **self._fixed[entry]}
         if openvino_packing.ROWS in names:
-            given |= openvino_packing.layout(feeds["lengths"], feeds["item_ids"].shape[1], packed=self.packing)
+            given |= openvino_packing.layout(feeds["lengths"], feeds["item_ids"].shape[1])
         inputs = {name: np.ascontiguousarray(given[name]) for name in names}
         with self._lock:
             request = self._requests[entry]

@@ -2,7 +2,7 @@
 
 Surgery's pass `packing` puts the rows of all users one after the other, [1, T, ·], and pads them for attention alone.
 Our attention kernel needs no padding, only where each user's rows start. All of that depends on the lengths, is a
-few integers a batch, and is computed here before the graph runs; the same graph then takes padded rows too.
+few integers a batch, and is computed here before the graph runs.
 """
 
 from __future__ import annotations
@@ -79,20 +79,18 @@ def _reads(gather: Any, index: Any) -> bool:
     return bool(gather.input_value(1).get_node().get_friendly_name() == index.get_node().get_friendly_name())
 
 
-def layout(lengths: Array, width: int, *, packed: bool) -> Mapping[str, Array]:
+def layout(lengths: Array, width: int) -> Mapping[str, Array]:
     """The inputs of a batch of histories that are padded to `width` events.
 
-    A user without events has one row, which no one reads. With `packed` False every padded place has a row.
+    A user without events has one row, which no one reads: no tensor is empty, and every user has a last row.
     """
     counts = np.maximum(lengths, 1)
     at = np.arange(width)
-    if packed:
-        starts = np.concatenate([[0], np.cumsum(counts)])
-        rows = np.flatnonzero(at < counts[:, None])
-        places = starts[:-1, None] + np.minimum(at, counts[:, None] - 1)
-    else:
-        starts = np.arange(len(counts) + 1) * width
-        rows = np.arange(starts[-1])
-        places = starts[:-1, None] + at
-    feeds = {ROWS: rows, PLACES: places, LAST: starts[:-1] + counts - 1, STARTS: starts}
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    feeds = {
+        ROWS: np.flatnonzero(at < counts[:, None]),
+        PLACES: starts[:-1, None] + np.minimum(at, counts[:, None] - 1),
+        LAST: starts[1:] - 1,
+        STARTS: starts,
+    }
     return {name: values.astype(np.int32) for name, values in feeds.items()}
