@@ -7,6 +7,7 @@ onnx/                                      the plain export, for comparison
 golden/                                    inputs and the eager fp32 answers to them
 examples.jsonl                             requests of held-out users, to try it with
 lineage/                                   the manifests of everything this was made from
+runtime/ requirements.txt                  a wheel of this package and a kernel, to serve it with vLLM anywhere
 bundle.json                                engines, the default one
 """
 

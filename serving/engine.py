@@ -22,10 +22,10 @@ from hstu.signature import EntryName, entry, entry_names
 
 Array = npt.NDArray[Any]
 BACKENDS = {  # backend name → module that holds `open_engine(folder, spec, *, threads) -> Engine`
-    "onnxruntime": "serving.engines.onnxruntime",
-    "openvino": "serving.engines.openvino",
-    "tensorrt": "serving.engines.tensorrt",
-    "tensorrt-rtx": "serving.engines.tensorrt",
+    "onnxruntime": f"{__package__}.engines.onnxruntime",
+    "openvino": f"{__package__}.engines.openvino",
+    "tensorrt": f"{__package__}.engines.tensorrt",
+    "tensorrt-rtx": f"{__package__}.engines.tensorrt",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from hstu.signature import num_results
 from serving.bundle import Bundle
 from serving.engine import Array, Engine, check_feeds, open_engine
 from serving.requests import Request, encode_requests
+
+if TYPE_CHECKING:
+    from serving.slate import Slate, Slates
 
 RuntimeName = Literal["engine", "vllm", "torch"]
 _BATCH = 32
@@ -25,6 +28,13 @@ class Retriever(Protocol):
     precision: str
 
     def retrieve(self, histories: Histories) -> tuple[Array, Array, Array]: ...
+
+
+@runtime_checkable
+class SlateMaker(Protocol):
+    """A retriever that makes slates too."""
+
+    def slates(self, histories: Histories, slate: Slate) -> Slates: ...
 
 
 class EngineRetriever:
@@ -40,8 +50,28 @@ class EngineRetriever:
         return outputs["user_embedding"], outputs["top_item_ids"], outputs["top_scores"]
 
 
+class TorchRetriever(EngineRetriever):
+    """Eager PyTorch: retrieval, and slates by full recompute."""
+
+    def slates(self, histories: Histories, slate: Slate) -> Slates:
+        import torch
+
+        from hstu.model import history_from_feeds
+        from serving.engines.torch import TorchEngine
+        from serving.slate import make_slates
+
+        engine = self.engine
+        if not isinstance(engine, TorchEngine):
+            raise TypeError("slates are made by eager PyTorch or vLLM")
+        feeds = histories.feeds(engine.config)
+        check_feeds(engine.config, "retrieve", feeds)
+        return make_slates(
+            engine.model, history_from_feeds({name: torch.from_numpy(value) for name, value in feeds.items()}), slate
+        )
+
+
 class VllmRetriever:
-    """Retrieval by vLLM's paged model: its user embedding against every item."""
+    """Retrieval and slates by vLLM's paged model: its user embedding against every item."""
 
     runtime: RuntimeName = "vllm"
 
@@ -55,9 +85,9 @@ class VllmRetriever:
     def retrieve(self, histories: Histories) -> tuple[Array, Array, Array]:
         return self._runtime.retrieve(histories, self._num_results)
 
-    def slates(self, histories: Histories, num_items: int) -> tuple[Array, Array]:
-        """Greedy slates: item ids int64 [B, n] and scores float32 [B, n]."""
-        return self._runtime.greedy_slates(histories, num_items)
+    def slates(self, histories: Histories, slate: Slate) -> Slates:
+        """The slates of every user (`serving.slate`)."""
+        return self._runtime.slates(histories, slate)
 
 
 def open_retriever(
@@ -71,7 +101,7 @@ def open_retriever(
     if runtime == "torch":
         from serving.engines.torch import open_torch_engine
 
-        return EngineRetriever(open_torch_engine(bundle.path, threads=threads), "torch")
+        return TorchRetriever(open_torch_engine(bundle.path, threads=threads), "torch")
     return VllmRetriever(bundle)
 
 
@@ -94,16 +124,24 @@ class Recommender:
         *,
         num_items: int,
         embeddings: bool = False,
+        slate: Slate | None = None,
         on_cut: Callable[[dict[str, int]], None] | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """One answer a request, in order, best items first.
+        """One answer a request, in order, best items first; with `slate` the items are the best slate of the user.
 
         All requests are checked before the first answer is made. `on_cut` is told once which users lost how
         many of their oldest events because the model takes no more than `max_history`.
         """
         config = self.bundle.config
-        limit = num_results(config)
+        limit = num_results(config) if slate is None else config.max_generated
+        if slate is not None and not hasattr(self.retriever, "slates"):
+            raise UsageError(
+                "engines make no slates",
+                got=self.retriever.runtime,
+                expected="vllm or torch",
+                fix="pass --runtime vllm",
+            )
         if not 1 <= num_items <= limit:
             raise UsageError("that many items cannot be recommended", got=num_items, expected=f"1..{limit}")
         histories, cut = encode_requests(requests, config, self.bundle.vocabulary, max_events=config.max_history)
@@ -111,8 +149,13 @@ class Recommender:
             on_cut(cut)
         answers: list[dict[str, Any] | None] = [None] * len(requests)
         done = 0
-        for rows in _batches(histories.lengths):
-            user_embedding, item_ids, scores = self.retriever.retrieve(histories.select(rows))
+        # a slate's seed counts users, so slates are made in one call, in the order of the requests
+        for rows in _batches(histories.lengths) if slate is None else [list(range(len(requests)))]:
+            batch = histories.select(rows)
+            if slate is None:
+                user_embedding, item_ids, scores = self.retriever.retrieve(batch)
+            else:
+                user_embedding, item_ids, scores = None, *_best_slates(self.retriever, batch, slate)
             for place, row in enumerate(rows):
                 answer: dict[str, Any] = {
                     "user_id": requests[row].user_id,
@@ -123,13 +166,21 @@ class Recommender:
                     "runtime": self.retriever.runtime,
                     "precision": self.retriever.precision,
                 }
-                if embeddings:
+                if slate is not None:
+                    answer["slate"] = slate.method
+                if embeddings and user_embedding is not None:
                     answer["embedding"] = [float(x) for x in user_embedding[place]]
                 answers[row] = answer
             done += len(rows)
             if on_progress is not None:
                 on_progress(done)
         yield from (answer for answer in answers if answer is not None)
+
+
+def _best_slates(retriever: Any, histories: Histories, slate: Slate) -> tuple[Array, Array]:
+    """Each user's best slate: item ids int64 [B, n] and scores float32 [B, n]."""
+    made = retriever.slates(histories, slate)
+    return made.item_ids[:, 0].numpy(), made.scores[:, 0].numpy()
 
 
 def _batches(lengths: Array) -> Iterator[list[int]]:

@@ -9,7 +9,7 @@ BLOCK_SIZE = 16  # events per KV page: vLLM's CPU default of 128 would never hit
 
 def io_processor() -> str:
     """The class behind the IO-processor plugin `hstu` (entry point `vllm.io_processor_plugins`)."""
-    return "serving.vllm_plugin.plain_json.PlainJson"
+    return f"{__name__}.plain_json.PlainJson"
 
 
 def register() -> None:
@@ -21,15 +21,17 @@ def register() -> None:
     from vllm.tokenizers.registry import TokenizerRegistry
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    if ARCHITECTURE in ModelRegistry.get_supported_archs():
+        return  # by an earlier call, or by a bundle's runtime package installed beside this one
+
     from serving.vllm_plugin.config import HSTUPretrainedConfig, HSTUServingDefaults
     from serving.vllm_plugin.model import HSTUForCausalLM
 
     AutoConfig.register(MODEL_TYPE, HSTUPretrainedConfig, exist_ok=True)
     MODELS_CONFIG_MAP[ARCHITECTURE] = HSTUServingDefaults
-    register_backend(AttentionBackendEnum.CUSTOM, "serving.vllm_plugin.attention.HSTUAttentionBackend")
+    register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.attention.HSTUAttentionBackend")
     if MODEL_TYPE not in RENDERER_REGISTRY.renderers:
-        RENDERER_REGISTRY.register(MODEL_TYPE, "serving.vllm_plugin.renderer", "HSTURenderer")
+        RENDERER_REGISTRY.register(MODEL_TYPE, f"{__name__}.renderer", "HSTURenderer")
         TokenizerRegistry.register(MODEL_TYPE, "vllm.tokenizers.hf", "CachedHfTokenizer")
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        # The class, not its name: a name costs vLLM a subprocess to look inside (seconds at every start).
-        ModelRegistry.register_model(ARCHITECTURE, HSTUForCausalLM)
+    # The class, not its name: a name costs vLLM a subprocess to look inside (seconds at every start).
+    ModelRegistry.register_model(ARCHITECTURE, HSTUForCausalLM)

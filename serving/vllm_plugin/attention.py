@@ -2,16 +2,15 @@
 
     o_i = Σ_{j <= i} SiLU(q_i · k_j + position_bias[j - i] + time_bias[bucket(t_{i+1} - t_j)]) / N · v_j
 
-There is no softmax, so padding and pages in any order simply add nothing. The metadata builder turns a step
-of the scheduler into groups of requests that are attended together; what does not depend on the layer (pages,
-masks, distances, time buckets) is worked out once a step, and the layers only gather from it.
+The metadata builder plans a step of the scheduler once, for all layers: for the bundle's own kernel
+(`serving.vllm_plugin.kernel`), or, where that is not there, for PyTorch. In PyTorch requests of similar shape are
+attended together, padded: there is no softmax, so padding and pages in any order simply add nothing.
 """
 
 # ruff: noqa: ARG002, ARG004 — the signatures are vLLM's
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,6 +31,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from hstu.time_buckets import time_buckets
+from serving.vllm_plugin.kernel import KernelPlan, PagedKernel, open_kernel
 
 PADDING = 1.25  # a group may be this many times larger than what is real in it
 HIDDEN = -1e30  # a bias that hides an event: SiLU of it is 0 exactly, whatever the score
@@ -69,6 +69,7 @@ class HSTUMetadata(AttentionMetadata):  # type: ignore[misc]
 
     request int64 [T]: which request a row is of; first int64 [R]: a request's first row in the step;
     context int64 [R]: its events before that; previous_slot int64 [R]: the slot of the last of them.
+    num_new int64 [R]; table int32 [R, pages]. `kernel` is the kernel's plan, `groups` is PyTorch's.
     """
 
     slots: Tensor
@@ -76,11 +77,16 @@ class HSTUMetadata(AttentionMetadata):  # type: ignore[misc]
     first: Tensor
     context: Tensor
     previous_slot: Tensor
+    num_new: Tensor
+    table: Tensor
+    kernel: KernelPlan | None
     groups: list[Group]
     block_size: int
 
     def set_times(self, times: Tensor, next_times: Tensor) -> None:
         """Time buckets of every group from the times [number of slots] by slot and next_times [T] by row."""
+        if self.kernel is not None:
+            self.kernel.set_times(times, next_times)
         by_page = times.view(-1, self.block_size)
         for group in self.groups:
             if group.pages is None:
@@ -103,33 +109,41 @@ class HSTUMetadataBuilder(AttentionMetadataBuilder[HSTUMetadata]):  # type: igno
         self.num_heads = kv_cache_spec.num_kv_heads
         self.block_size = kv_cache_spec.block_size
         self.max_length = vllm_config.model_config.hf_config.shape.max_length
+        self.kernel: PagedKernel | None = open_kernel(vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> HSTUMetadata:
         """The plan of a step; requests of similar shape share a group."""
         common = common_attn_metadata
-        starts = common.query_start_loc_cpu.tolist()
-        num_new = [end - start for start, end in itertools.pairwise(starts)]
+        starts = common.query_start_loc_cpu
+        num_new = starts.diff().long()
         upper = common.seq_lens_cpu_upper_bound
-        lengths = (common.seq_lens.cpu() if upper is None else upper)[: len(num_new)].tolist()
+        lengths = (common.seq_lens.cpu() if upper is None else upper)[: len(num_new)].long()
         device = common.slot_mapping.device
-        first = torch.tensor(starts[:-1], device=device)
-        context = torch.tensor([n - new for n, new in zip(lengths, num_new, strict=True)], device=device)
-        last_page = (context - 1).clamp(min=0).div(self.block_size, rounding_mode="floor")
-        page = common.block_table_tensor[: len(num_new)].gather(1, last_page.unsqueeze(1)).squeeze(1).long()
+        first, context = starts[:-1].long().to(device), (lengths - num_new).to(device)
+        table, last = common.block_table_tensor[: len(num_new)], (context - 1).clamp(min=0)
+        page = table.gather(1, (last // self.block_size).unsqueeze(1)).squeeze(1).long()
+        slots = common.slot_mapping[: common.num_actual_tokens].long().clamp(min=0)
+        kernel, groups = None, []
+        if self.kernel is None:
+            new, seen = num_new.tolist(), lengths.tolist()
+            groups = [
+                self._group(members, new, seen, first, context, table)
+                for members in group_requests(new, seen, self.num_heads)
+            ]
+        else:
+            kernel = KernelPlan(self.kernel, slots, first, num_new, context, table, self.block_size)
         return HSTUMetadata(
-            slots=common.slot_mapping[: common.num_actual_tokens].long().clamp(min=0),
-            request=torch.repeat_interleave(
-                torch.arange(len(num_new), device=device), torch.tensor(num_new, device=device)
-            ),
+            slots=slots,
+            request=torch.repeat_interleave(num_new.to(device)),
             first=first,
             context=context,
-            previous_slot=page * self.block_size + (context - 1).clamp(min=0) % self.block_size,
-            groups=[
-                self._group(members, num_new, lengths, first, context, common.block_table_tensor)
-                for members in group_requests(num_new, lengths, self.num_heads)
-            ],
+            previous_slot=page * self.block_size + last % self.block_size,
+            num_new=num_new,
+            table=table,
+            kernel=kernel,
+            groups=groups,
             block_size=self.block_size,
         )
 

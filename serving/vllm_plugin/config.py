@@ -14,7 +14,8 @@ from hstu.signature import MAX_RESULTS
 from serving.vllm_plugin import BLOCK_SIZE, MODEL_TYPE
 from serving.vllm_plugin.records import RECORD_WIDTH
 
-CONSTRAINT = "serving.vllm_plugin.constraints:SlateConstraint"
+CONSTRAINT = f"{__package__}.constraints:SlateConstraint"
+CONSTRAINT_V2 = f"{__package__}.constraints_v2:SlateConstraintV2"  # of vLLM's second model runner, which GPUs use
 
 
 class HSTUPretrainedConfig(PretrainedConfig):
@@ -56,6 +57,11 @@ class HSTUServingDefaults(VerifyAndUpdateConfig):  # type: ignore[misc]
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        model_config = vllm_config.model_config
+        if vllm_config.use_v2_model_runner and model_config.logits_processors:
+            model_config.logits_processors = [
+                CONSTRAINT_V2 if one == CONSTRAINT else one for one in model_config.logits_processors
+            ]
         cache = vllm_config.cache_config
         if not cache.user_specified_block_size:
             cache.block_size = BLOCK_SIZE

@@ -11,6 +11,7 @@ logit 0: a slate that holds a 0 ends there.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,16 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
+# What vLLM offers for words, which slates have not: parameter → the values of a request that does not use it
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (1.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "prompt_logprobs": (None,),
+    "structured_outputs": (None,),
+    "bad_words": (None, []),
+    "allowed_token_ids": (None,),
+}
 LISTS, SWITCHES = ("deny_items", "allow_items"), ("exclude_history", "allow_repeats")
 
 
@@ -32,6 +43,35 @@ class Rule:
     denied: Tensor | None
     forbidden: Tensor | None
     chosen: list[int] | None
+
+
+def check_params(sampling_params: SamplingParams) -> None:
+    """VLLMValidationError (400 over HTTP) when a constraint is not of the form above."""
+    args = sampling_params.extra_args or {}
+    for name in LISTS:
+        value = args.get(name)
+        if value is not None and not (
+            isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) and i > 0 for i in value)
+        ):
+            raise VLLMValidationError(f"{name} must be a list of item ids (1 and up)", parameter=name)
+    allowed = set(args.get("allow_items") or ()) - set(args.get("deny_items") or ())
+    wanted = 1 if args.get("allow_repeats") else sampling_params.max_tokens or 1
+    if args.get("allow_items") is not None and len(allowed) < wanted:
+        raise VLLMValidationError(f"{len(allowed)} items are allowed and {wanted} wanted", parameter="allow_items")
+    for name in SWITCHES:
+        if args.get(name, False) not in (True, False):  # over HTTP `true` arrives as 1.0
+            raise VLLMValidationError(f"{name} must be true or false", parameter=name)
+    for name, absent in UNSUPPORTED.items():
+        if getattr(sampling_params, name) not in absent:
+            raise VLLMValidationError(
+                f"{name} has no meaning for slates; see deny_items, allow_items, exclude_history, allow_repeats",
+                parameter=name,
+            )
+
+
+def item_tensor(items: Iterable[int], num_tokens: int) -> Tensor:
+    """The ids that exist, int64; one that does not can neither be denied nor allowed."""
+    return torch.tensor([item for item in items if 0 < item < num_tokens], dtype=torch.int64)
 
 
 class SlateConstraint(LogitsProcessor):  # type: ignore[misc]
@@ -45,24 +85,7 @@ class SlateConstraint(LogitsProcessor):  # type: ignore[misc]
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """VLLMValidationError (400 over HTTP) when a constraint is not of the form above."""
-        args = sampling_params.extra_args or {}
-        for name in LISTS:
-            value = args.get(name)
-            if value is not None and not (
-                isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) and i > 0 for i in value)
-            ):
-                raise VLLMValidationError(f"{name} must be a list of item ids (1 and up)", parameter=name)
-        allowed = set(args.get("allow_items") or ()) - set(args.get("deny_items") or ())
-        wanted = 1 if args.get("allow_repeats") else sampling_params.max_tokens or 1
-        if args.get("allow_items") is not None and len(allowed) < wanted:
-            raise VLLMValidationError(f"{len(allowed)} items are allowed and {wanted} wanted", parameter="allow_items")
-        for name in SWITCHES:
-            if args.get(name, False) not in (True, False):  # over HTTP `true` arrives as 1.0
-                raise VLLMValidationError(f"{name} must be true or false", parameter=name)
-        if sampling_params.repetition_penalty != 1.0:
-            raise VLLMValidationError(
-                "repetition_penalty has no meaning for slates: no item comes twice", parameter="repetition_penalty"
-            )
+        check_params(sampling_params)
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -113,7 +136,4 @@ class SlateConstraint(LogitsProcessor):  # type: ignore[misc]
         )
 
     def _ids(self, items: list[int]) -> Tensor:
-        """The ids that exist; one that does not can neither be denied nor allowed."""
-        return torch.tensor(
-            [item for item in items if 0 < item < self.num_tokens], dtype=torch.int64, device=self.device
-        )
+        return item_tensor(items, self.num_tokens).to(self.device)

@@ -10,7 +10,9 @@ record; it inherits the query time, which is the next_time of the event before i
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -24,12 +26,26 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowPar
 from vllm.model_executor.layers.pooler import DispatchPooler
 from vllm.sequence import IntermediateTensors
 
+from hstu.checkpoints.huggingface import WEIGHTS
 from hstu.config import L2_EPS, LAYER_NORM_EPS, NUM_TIME_BUCKETS, HSTUConfig
 from hstu.model import l2_normalize, layer_norm
 from hstu.time_buckets import time_buckets
+from serving.slate import Slate, Slates
 from serving.vllm_plugin.attention import HSTUAttentionBackend, HSTUMetadata
 from serving.vllm_plugin.poolers import RetrievalPooler, UserEmbeddingPooler
 from serving.vllm_plugin.records import Events, decode_records, encode_items
+from serving.vllm_plugin.slate_search import Prefix, search
+
+_loaded: WeakValueDictionary[tuple[str, int, int], HSTUForCausalLM] = WeakValueDictionary()
+
+
+def _file_key(folder: Path) -> tuple[str, int, int] | None:
+    """What tells one file of weights from another, None for a model that is no local folder."""
+    file = folder / WEIGHTS
+    if not file.is_file():
+        return None
+    found = file.stat()
+    return str(file.resolve()), found.st_size, found.st_mtime_ns
 
 
 class PagedHSTUAttention(nn.Module):
@@ -41,6 +57,7 @@ class PagedHSTUAttention(nn.Module):
         self.num_heads = config.num_heads // self.num_ranks
         self.value_dim, self.all_values = self.num_heads * config.v_dim, config.num_heads * config.v_dim
         self.key_dim = self.num_heads * config.qk_dim
+        self.config = config
         self.position_bias = nn.Parameter(torch.empty(2 * config.max_length - 1, dtype=torch.float32))
         self.time_bias = nn.Parameter(torch.empty(NUM_TIME_BUCKETS + 1, dtype=torch.float32))
         self.paged = Attention(
@@ -58,6 +75,12 @@ class PagedHSTUAttention(nn.Module):
 
     def forward(self, uvqk: Tensor) -> Tensor:
         """Gated output u ⊙ LN(a·v) [T, this rank's H·dv] from the projection [T, W], before SiLU."""
+        metadata = get_forward_context().attn_metadata
+        step: HSTUMetadata | None = None if metadata is None else metadata[self.paged.layer_name]
+        if step is not None and step.kernel is not None:
+            # Where the norm needs the other ranks' values too, the kernel stops before it.
+            attended = step.kernel.attend(uvqk, self.paged.kv_cache, self, gated=self.num_ranks == 1)
+            return attended if self.num_ranks == 1 else F.silu(uvqk[:, : self.value_dim]) * self.norm(attended)
         u, v, q, k = F.silu(uvqk).split([self.value_dim, self.value_dim, self.key_dim, self.key_dim], dim=-1)
         return u * self.norm(self.paged(q.contiguous(), k.contiguous(), v.contiguous()))
 
@@ -84,7 +107,11 @@ class PagedHSTULayer(nn.Module):
         self.output = RowParallelLinear(values, config.embedding_dim, prefix=f"{prefix}.output", return_bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.output(self.attention(self.uvqk(layer_norm(x))))  # type: ignore[no-any-return]
+        return self.around(x, self.attention)
+
+    def around(self, x: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
+        """The layer with another attention in its place, from the projection to the gated output."""
+        return x + self.output(attention(self.uvqk(layer_norm(x))))  # type: ignore[no-any-return]
 
 
 class HSTUForCausalLM(nn.Module):
@@ -116,8 +143,13 @@ class HSTUForCausalLM(nn.Module):
             # torch.compile that would call for a C++ compiler at the first request with scores.
             torch.compiler.set_stance("force_eager")
         self.register_buffer("inverse_norms", torch.empty(config.num_items + 1, dtype=torch.float32), persistent=False)
+        self.inverse_norms: Tensor
         self.slot_times: Tensor | None = None  # int64 [2, slots]: own time, next time
-        self.pooler = DispatchPooler({"embed": UserEmbeddingPooler(), "plugin": RetrievalPooler(self.compute_logits)})
+        self.last_step: HSTUMetadata | None = None  # for the slate search, which follows a step's forward
+        self.pooler = DispatchPooler(
+            {"embed": UserEmbeddingPooler(), "plugin": RetrievalPooler(self.compute_logits, self.search)}
+        )
+        self._weights_key = _file_key(Path(vllm_config.model_config.model))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Every parameter is filled from the tensor of its name; the task heads are not served here."""
@@ -134,7 +166,20 @@ class HSTUForCausalLM(nn.Module):
             loaded.add(name)
         norms = torch.linalg.vector_norm(self.item_embedding.weight.data, dim=-1)
         self.inverse_norms.copy_(1.0 / norms.clamp(min=L2_EPS))
+        self._share_tables()
         return loaded
+
+    def _share_tables(self) -> None:
+        """One copy of the tables for the engines of a process that serve one file: pooling and generation, say."""
+        if self._weights_key is None:
+            return
+        first = _loaded.setdefault(self._weights_key, self)
+        if first is self or first.item_embedding.weight.device != self.item_embedding.weight.device:
+            return
+        for name, module in self.named_children():
+            if isinstance(module, nn.Embedding):
+                module.weight.data = getattr(first, name).weight.data
+        self.inverse_norms = first.inverse_norms
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Records [T, RECORD_WIDTH] of bare item ids; ids out of the vocabulary count as padding."""
@@ -151,10 +196,11 @@ class HSTUForCausalLM(nn.Module):
         """The state [T, D] after the last layer at every row of the step."""
         rows = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         events, step = decode_records(rows), self._step()
+        self.last_step = step
         gaps = torch.zeros_like(positions)
         if step is not None:
             gaps = self._take_times(events, step)
-        x = self._embed(events, positions, gaps).to(self.dtype)
+        x = self._embed(events.item_ids, events.actions, positions, gaps).to(self.dtype)
         for layer in self.layers:
             x = layer(x)
         return x
@@ -165,12 +211,30 @@ class HSTUForCausalLM(nn.Module):
         cosines[:, 0] = -torch.inf
         return cosines
 
-    def _embed(self, events: Events, positions: Tensor, gaps: Tensor) -> Tensor:
+    def search(self, state: Tensor, request: int, slate: Slate, history_items: list[int]) -> Slates:
+        """The slates of one request of the step just run; state [D] is the one after its last event."""
+        step, times = self.last_step, self.slot_times
+        if step is None or times is None:
+            raise RuntimeError("a slate search follows a step of the model")
+        length = int(step.context[request]) + int(step.num_new[request])
+        event = torch.arange(length)
+        slots = step.table[request].long()[event // step.block_size] * step.block_size + event % step.block_size
+        prefix = Prefix(
+            step=step, request=request, length=length, query_time=int(times[1, slots[-1]]), times=times[0, slots]
+        )
+        return search(self, state, prefix, slate, history_items)  # type: ignore[no-any-return]
+
+    def embed_chosen(self, item_ids: Tensor, position: int, gaps: Tensor) -> Tensor:
+        """Input rows [n, D] of chosen items [n] at a position, `gaps` int64 [n] after the event before."""
+        positions = torch.full_like(item_ids, position)
+        return self._embed(item_ids, torch.zeros_like(item_ids), positions, gaps).to(self.dtype)
+
+    def _embed(self, items: Tensor, actions: Tensor, positions: Tensor, gaps: Tensor) -> Tensor:
         config = self.config
-        items = torch.where(events.item_ids <= config.num_items, events.item_ids, 0)
+        items = torch.where(items <= config.num_items, items, 0)
         x = self.item_embedding(items) * config.item_scale + self.position_embedding(positions)
         if config.num_actions:
-            x = x + self.action_embedding(events.actions.clamp(max=config.num_actions - 1))
+            x = x + self.action_embedding(actions.clamp(max=config.num_actions - 1))
         if config.num_gap_buckets:
             x = x + self.gap_embedding(time_buckets(gaps).clamp(max=config.num_gap_buckets - 1))
         return x  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""What a pooling engine answers: a user embedding, or the best items of the whole corpus."""
+"""What a pooling engine answers: a user embedding, the best items of the whole corpus, or slates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from vllm.v1.outputs import PoolerOutput
 from vllm.v1.pool.metadata import PoolingMetadata
 
 from hstu.model import l2_normalize
-from serving.vllm_plugin.plain_json import encode_answer
+from serving.slate import Slate, Slates
+from serving.vllm_plugin.plain_json import encode_answer, encode_slates
 
 
 class UserEmbeddingPooler(Pooler):  # type: ignore[misc]
@@ -27,11 +28,14 @@ class UserEmbeddingPooler(Pooler):  # type: ignore[misc]
 
 
 class RetrievalPooler(Pooler):  # type: ignore[misc]
-    """The task `plugin`: the best items left after a request's deny and allow lists (`plain_json.encode_answer`)."""
+    """The task `plugin`: the best items left after a request's deny and allow lists, or the slates it asks for."""
 
-    def __init__(self, cosines: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, cosines: Callable[[Tensor], Tensor], search: Callable[[Tensor, int, Slate, list[int]], Slates]
+    ) -> None:
         super().__init__()
         self.cosines = cosines  # states [n, D] to cosines [n, num_items + 1], padding -inf
+        self.search = search  # state [D], its request in the step, what is asked, the history's items: the slates
 
     def get_supported_tasks(self) -> set[PoolingTask]:
         return {"plugin"}
@@ -41,10 +45,17 @@ class RetrievalPooler(Pooler):  # type: ignore[misc]
         states = hidden_states[cursor.last_token_indices_gpu]
         finished = cursor.get_finished_mask()
         answers: list[Tensor | None] = [None] * len(finished)
-        rows = [row for row, is_finished in enumerate(finished) if is_finished]
+        every = pooling_metadata.pooling_params
+        for row, is_finished in enumerate(finished):
+            asked = (every[row].extra_kwargs or {}).get("slate")
+            if is_finished and asked is not None:
+                answers[row] = encode_slates(
+                    self.search(states[row], row, Slate(**asked["options"]), asked["history_items"]), asked["k"]
+                )
+        rows = [row for row, is_finished in enumerate(finished) if is_finished and answers[row] is None]
         scores = self.cosines(states[rows]) if rows else states[:0]
         for row, row_scores in zip(rows, scores, strict=True):
-            options = pooling_metadata.pooling_params[row].extra_kwargs or {"k": 1}
+            options = every[row].extra_kwargs or {"k": 1}
             if options.get("allowed") is not None:
                 allowed = torch.tensor(options["allowed"], device=scores.device)
                 row_scores = torch.full_like(row_scores, -torch.inf).index_copy_(0, allowed, row_scores[allowed])

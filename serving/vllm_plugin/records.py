@@ -53,28 +53,25 @@ def encode_records(
 def encode_items(item_ids: Tensor, *, dtype: torch.dtype) -> Tensor:
     """Rows [T, RECORD_WIDTH] of bare item ids [T]: generated items, and prompts given as tokens."""
     rows = torch.zeros(len(item_ids), RECORD_WIDTH, dtype=dtype, device=item_ids.device)
-    for byte in range(4):
-        rows[:, byte] = ((item_ids >> (8 * byte)) & 255).to(dtype)
+    rows[:, :4] = item_ids.int().view(torch.uint8).view(-1, 4).to(dtype)
     return rows
 
 
 def decode_records(rows: Tensor) -> Events:
     """The events of rows [T, RECORD_WIDTH]; whatever the values, every field is a number of its range."""
-    channels = rows.float().nan_to_num().clamp(0, 255).round().to(torch.int64)
+    channels = rows.float().nan_to_num().clamp(0, 255).round().to(torch.uint8)
 
-    def field(name: str) -> Tensor:
-        dtype, offset = _LAYOUT.fields[name][:2]  # type: ignore[index]
-        value = channels[:, offset]
-        for byte in range(1, dtype.itemsize):
-            value = value | (channels[:, offset + byte] << (8 * byte))  # the sign bit of an int64 falls into place
-        return value
+    def field(name: str, dtype: torch.dtype) -> Tensor:
+        offset = _LAYOUT.fields[name][1]  # type: ignore[index]
+        octets = channels[:, offset : offset + dtype.itemsize].clone(memory_format=torch.contiguous_format)
+        return octets.view(dtype).squeeze(1).long()
 
     return Events(
-        item_ids=field("item"),
-        actions=field("action"),
-        times=field("time"),
-        next_times=field("next_time"),
-        has_times=field("kind") == EVENT,
+        item_ids=field("item", torch.int32) & 0xFFFFFFFF,
+        actions=field("action", torch.int16) & 0xFFFF,
+        times=field("time", torch.int64),
+        next_times=field("next_time", torch.int64),
+        has_times=channels[:, _LAYOUT.fields["kind"][1]] == EVENT,  # type: ignore[index]
     )
 
 

@@ -1,15 +1,19 @@
-"""vLLM in this process, on a bundle's model folder: user embeddings, retrieval and greedy slates.
+"""vLLM in this process, on a bundle's model folder: user embeddings, retrieval and slates.
 
-vLLM runs one kind of work in an engine: pooling (user embeddings) or generation (slates). Each engine is made
-when it is first asked for, so a process that only retrieves or only makes slates loads the weights once.
+vLLM runs one kind of work in an engine: pooling (user embeddings, sampled and beam slates) or generation (greedy
+slates). Each engine is made when it is first asked for; two engines of one process share the embedding tables, which
+are nearly all of a recommender's weights. A runtime may be called from any thread: one call runs at a time, since
+an engine batches the requests of a call and not those of several.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import warnings
 import weakref
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +27,7 @@ from hstu.data.histories import Histories
 from hstu.errors import ArtifactError, InputError
 from hstu.model import l2_normalize
 from serving.engine import check_feeds
-from serving.slate import check_slate
+from serving.slate import Slate, Slates, stack_slates
 from serving.vllm_plugin import BLOCK_SIZE
 
 if TYPE_CHECKING:
@@ -104,12 +108,14 @@ class VllmRuntime:
         self._finalizer = weakref.finalize(self, _close, self._engines)
         self._finalizer.atexit = False  # a process that ends frees it all at once
         self._items: torch.Tensor | None = None
+        self._lock = threading.RLock()
 
     def embed(self, histories: Histories) -> Array:
         """User embeddings float32 [B, D], L2 norm 1."""
         if not len(histories):
             return np.zeros((0, self.config.embedding_dim), dtype=np.float32)
-        outputs = self._engine("pooling").encode(self._prompts(histories), pooling_task="embed", use_tqdm=False)
+        with self._lock:
+            outputs = self._engine("pooling").encode(self._prompts(histories), pooling_task="embed", use_tqdm=False)
         return torch.stack([output.outputs.data for output in outputs]).numpy()  # type: ignore[no-any-return]
 
     def retrieve(self, histories: Histories, k: int) -> tuple[Array, Array, Array]:
@@ -128,34 +134,74 @@ class VllmRuntime:
         self, histories: Histories, num_items: int, *, exclude_history: bool = False, no_repeats: bool = True
     ) -> tuple[Array, Array]:
         """Item ids int64 [B, n] and cosines float32 [B, n]; as `serving.slate.greedy_slate`, which defines them."""
+        slate = Slate(num_items=num_items, exclude_history=exclude_history, allow_repeats=not no_repeats)
+        slates = self.slates(histories, slate)
+        return slates.item_ids[:, 0].numpy(), slates.scores[:, 0].numpy()
+
+    def slates(self, histories: Histories, slate: Slate) -> Slates:
+        """The slates of every user; as `serving.slate.make_slates`, which defines them."""
+        config = self.config
+        seen = [ids.tolist() for ids in np.split(histories.item_ids, histories.offsets[1:-1])]
+        slate.check(config, most_in_history=max((len(set(ids)) for ids in seen), default=0))
+        if not len(histories):
+            shape = (0, slate.width if slate.method == "beam" else 1, slate.num_items)
+            totals = None if slate.method == "greedy" else torch.zeros(shape[:2])
+            none = torch.zeros(shape)
+            return Slates(item_ids=none.long(), scores=none, log_probabilities=totals)
+        with self._lock:
+            return self._generated(histories, slate) if slate.method == "greedy" else self._searched(histories, slate)
+
+    def _generated(self, histories: Histories, slate: Slate) -> Slates:
+        """Greedy slates by vLLM's own decoding: all users' next items in one step."""
         from vllm import SamplingParams
 
-        if not len(histories):
-            return np.zeros((0, num_items), dtype=np.int64), np.zeros((0, num_items), dtype=np.float32)
-        config = self.config
-        seen = [set(ids.tolist()) for ids in np.split(histories.item_ids, histories.offsets[1:-1])]
-        most_forbidden = max(map(len, seen)) if exclude_history else 0
-        check_slate(config.num_items, config.max_generated, num_items, most_forbidden, no_repeats=no_repeats)
+        extra: dict[str, Any] = {"exclude_history": slate.exclude_history, "allow_repeats": slate.allow_repeats}
+        if slate.deny_items:
+            extra["deny_items"] = list(slate.deny_items)
+        if slate.allow_items is not None:
+            extra["allow_items"] = list(slate.allow_items)
         sampling = SamplingParams(
-            temperature=0.0,
-            max_tokens=num_items,
-            logprobs=0,
-            detokenize=False,
-            ignore_eos=True,
-            extra_args={"exclude_history": exclude_history, "allow_repeats": not no_repeats},
+            temperature=0.0, max_tokens=slate.num_items, logprobs=0, detokenize=False, ignore_eos=True, extra_args=extra
         )
         engine, prompts = self._engine("generate"), self._prompts(histories)
         # vLLM ranks the chosen item by a function under torch.compile: seconds of C++ compiling for one comparison.
         with torch.compiler.set_stance("force_eager"):
             outputs = engine.generate(prompts, sampling, use_tqdm=False)
         slates = [output.outputs[0] for output in outputs]
-        ids = np.array([slate.token_ids for slate in slates], dtype=np.int64)
         scores = [[step[item].logprob for item, step in zip(s.token_ids, s.logprobs, strict=True)] for s in slates]
-        return ids, np.array(scores, dtype=np.float32)
+        return Slates(
+            item_ids=torch.tensor([list(one.token_ids) for one in slates]).unsqueeze(1),
+            scores=torch.tensor(scores).unsqueeze(1),
+            log_probabilities=None,
+        )
+
+    def _searched(self, histories: Histories, slate: Slate) -> Slates:
+        """Sampled and beam slates by a search in the model's process, after each user's prefill."""
+        from vllm import PoolingParams
+
+        from serving.vllm_plugin.plain_json import decode_slates
+
+        if self._options.get("tensor_parallel_size", 1) > 1:
+            raise InputError("sampled and beam slates need one tensor-parallel rank", got="more", fix="ask for greedy")
+        engine = self._engine("pooling").llm_engine
+        width = slate.width if slate.method == "beam" else 1
+        seen = np.split(histories.item_ids, histories.offsets[1:-1])
+        for user, (prompt, items) in enumerate(zip(self._prompts(histories), seen, strict=True)):
+            options = asdict(replace(slate, seed=slate.seed + user))
+            asked = {"k": width, "options": options, "history_items": items.tolist()}
+            params = PoolingParams(task="plugin", skip_reading_prefix_cache=False, extra_kwargs={"slate": asked})
+            engine.add_request(str(user), prompt, params)
+        found: dict[int, Slates] = {}
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    found[int(output.request_id.split("-")[0])] = decode_slates(output.outputs.data)
+        return stack_slates([found[user] for user in range(len(histories))], width)
 
     def close(self) -> None:
         """Release the engines' memory; the runtime must not be used after."""
-        self._finalizer()
+        with self._lock:
+            self._finalizer()
 
     def _engine(self, runner: Runner) -> LLM:
         if runner not in self._engines:

@@ -77,7 +77,8 @@ def test_a_step_equals_plain_loops(name: str) -> None:
     lengths = torch.tensor([c + n for c, n in requests], dtype=torch.int32)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), new.cumsum(0)]).int()
     config = SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=SimpleNamespace(shape=SimpleNamespace(max_length=MAX_LENGTH)))
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(shape=SimpleNamespace(max_length=MAX_LENGTH))),
+        additional_config={"hstu_attention": "torch"},
     )
     spec = SimpleNamespace(num_kv_heads=HEADS, block_size=BLOCK)
     step = HSTUMetadataBuilder(spec, ["layer"], config, torch.device("cpu")).build(

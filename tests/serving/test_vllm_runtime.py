@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from hstu.checkpoints.huggingface import save_pretrained
 from hstu.checkpoints.meta_research import load_meta_research
 from hstu.data.histories import Histories, histories_from_rows
 from hstu.errors import ArtifactError, InputError
 from hstu.model import HSTU, History, history_from_feeds
-from serving.slate import greedy_slate
+from serving.slate import Slate, greedy_slate
 from serving.vllm_plugin.runtime import VllmRuntime
-from serving.vllm_plugin.tokenizer import write_tokenizer
-from tests.models import TINY_RESEARCH, random_histories, random_model, tiny_config
+from tests.models import TINY_RESEARCH, random_histories, random_model
+from tests.serving.conftest import VLLM_CONFIG, write_model_folder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.distributed.reduce_op.*:FutureWarning"),
@@ -28,39 +26,17 @@ pytestmark = [
 ]
 
 TIE = 1e-6
-CONFIG = tiny_config(max_history=90)  # up to 7 pages a request
-
-
-def _folder(path: Path, model: HSTU) -> Path:
-    path.mkdir(exist_ok=True)
-    save_pretrained(model, path)
-    write_tokenizer(path, model.config)
-    return path
+CONFIG = VLLM_CONFIG
 
 
 @pytest.fixture(scope="module")
-def model() -> HSTU:
-    return random_model(CONFIG)
+def model(vllm_model: HSTU) -> HSTU:
+    return vllm_model
 
 
 @pytest.fixture(scope="module")
-def folder(model: HSTU, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _folder(tmp_path_factory.mktemp("model"), model)
-
-
-@pytest.fixture(scope="module")
-def runtime(folder: Path) -> Iterator[VllmRuntime]:
-    runtime = VllmRuntime(folder, kv_cache_mib=64)
-    yield runtime
-    runtime.close()
-
-
-@pytest.fixture(scope="module")
-def cramped(folder: Path) -> Iterator[VllmRuntime]:
-    """Few pages and small steps: long prompts are cut into chunks, and requests are thrown out and come back."""
-    runtime = VllmRuntime(folder, kv_cache_mib=64, max_batch=8, max_num_batched_tokens=24, num_gpu_blocks_override=14)
-    yield runtime
-    runtime.close()
+def folder(vllm_folder: Path) -> Path:
+    return vllm_folder
 
 
 def _padded(histories: Histories, model: HSTU) -> History:
@@ -357,7 +333,7 @@ def test_bfloat16_keeps_times_and_ids_exact(folder: Path, model: HSTU) -> None:
 def test_metas_own_answers(oracle: Path, tmp_path: Path) -> None:
     """The oracle through the pages: cold, asked again, and with the newest events appended to cached ones."""
     model = load_meta_research(oracle / "checkpoint.pt", num_heads=1, max_generated=10).model
-    runtime = VllmRuntime(_folder(tmp_path / "meta", model), kv_cache_mib=64)
+    runtime = VllmRuntime(write_model_folder(tmp_path / "meta", model), kv_cache_mib=64)
     golden = np.load(oracle / "golden.npz")
     rows = [
         {"item_ids": ids[:n], "timestamps": times[:n], "query_time": [times[n]]}
@@ -380,24 +356,10 @@ def test_metas_own_answers(oracle: Path, tmp_path: Path) -> None:
 
 def test_the_research_model_without_actions_and_gaps(tmp_path: Path) -> None:
     model = random_model(TINY_RESEARCH)
-    runtime = VllmRuntime(_folder(tmp_path / "research", model), kv_cache_mib=64)
+    runtime = VllmRuntime(write_model_folder(tmp_path / "research", model), kv_cache_mib=64)
     histories = random_histories(TINY_RESEARCH, num_users=20, seed=14)
     _assert_slates(model, histories, *runtime.greedy_slates(histories, 10))
     runtime.close()
-
-
-@pytest.mark.slow
-def test_five_hundred_requests(cramped: VllmRuntime, runtime: VllmRuntime, model: HSTU) -> None:
-    for engine, seed in ((runtime, 20), (cramped, 21)):
-        first = random_histories(CONFIG, num_users=250, seed=seed)
-        second = _later(random_histories(CONFIG, num_users=250, seed=seed).newest(CONFIG.max_history - 6), 6, seed)
-        for histories in (first, second):
-            _assert_slates(
-                model,
-                histories,
-                *engine.greedy_slates(histories, 10, exclude_history=seed == 21),
-                exclude_history=seed == 21,
-            )
 
 
 @pytest.mark.slow
@@ -408,5 +370,7 @@ def test_two_tensor_parallel_processes_equal_one(folder: Path, model: HSTU, monk
     runtime = VllmRuntime(folder, kv_cache_mib=64, tensor_parallel_size=2)
     histories = random_histories(CONFIG, num_users=20, seed=16)
     _assert_embeddings(model, histories, runtime.embed(histories))
+    with pytest.raises(InputError, match="one tensor-parallel rank"):
+        runtime.slates(histories, Slate(num_items=3, method="beam"))
     _assert_slates(model, histories, *runtime.greedy_slates(histories, 10))
     runtime.close()

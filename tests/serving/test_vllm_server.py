@@ -14,7 +14,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,10 +28,11 @@ import torch
 from hstu.checkpoints.huggingface import save_pretrained
 from hstu.data.histories import Histories
 from hstu.model import HSTU, history_from_feeds
-from serving.slate import greedy_slate
+from serving.slate import Slate, Slates, greedy_slate, make_slates
 from serving.vllm_plugin.server import SETTINGS, serve_command, write_server_settings
 from serving.vllm_plugin.tokenizer import write_tokenizer
 from tests.models import TINY, TINY_RESEARCH, random_histories, random_model
+from tests.serving import hostile
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.distributed.reduce_op.*:FutureWarning"),
@@ -61,6 +64,17 @@ BAD: dict[str, Any] = {
     "denied": GOOD | {"deny_items": list(range(1, 148))},
     "switch": GOOD | {"embedding": 1},
     "query time": GOOD | {"query_time": "now"},
+    "slate no object": GOOD | {"slate": 3},
+    "slate without items": GOOD | {"slate": {"method": "beam"}},
+    "slate of strangers": GOOD | {"slate": {"num_items": 3, "depth": 1}},
+    "slate too long": GOOD | {"slate": {"num_items": 11}},
+    "slate of no kind": GOOD | {"slate": {"num_items": 3, "method": "best"}},
+    "beams too wide": GOOD | {"slate": {"num_items": 3, "method": "beam", "width": 257}},
+    "cold": GOOD | {"slate": {"num_items": 3, "method": "sample", "temperature": 0}},
+    "hot": GOOD | {"slate": {"num_items": 3, "method": "sample", "temperature": 1e300}},
+    "slate denied": GOOD | {"k": 1, "slate": {"num_items": 3}, "allow_items": [4, 5]},
+    "slates k": GOOD | {"k": 2, "slate": {"num_items": 3}},
+    "slate and embedding": GOOD | {"k": 1, "slate": {"num_items": 3}, "embedding": True},
 }
 
 
@@ -81,7 +95,13 @@ def bundle(model: HSTU, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _plain_json(config: Any = TINY) -> Any:
     from serving.vllm_plugin.plain_json import PlainJson
 
-    return PlainJson(SimpleNamespace(model_config=SimpleNamespace(hf_config=SimpleNamespace(shape=config))), None)
+    return PlainJson(
+        SimpleNamespace(
+            model_config=SimpleNamespace(hf_config=SimpleNamespace(shape=config)),
+            parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        ),
+        None,
+    )
 
 
 def _data(histories: Histories, row: int, **options: Any) -> dict[str, Any]:
@@ -122,6 +142,34 @@ def test_answers_survive_packing() -> None:
     assert decode_answer(encode_answer(ids, scores, embedding))["embedding"] == [1.0, 2.0, 3.0]
 
 
+def test_slates_survive_packing() -> None:
+    from serving.vllm_plugin.plain_json import decode_answer, encode_slates
+
+    slates = Slates(
+        item_ids=torch.tensor([[[2**31 - 1, 5], [7, 9], [0, 0]]]),
+        scores=torch.tensor([[[0.5, 0.25], [0.125, -1.0], [0.0, 0.0]]]),
+        log_probabilities=torch.tensor([[-1.5, -2.5, -torch.inf]]),
+    )
+    assert decode_answer(encode_slates(slates, 3))["slates"] == [
+        {"item_ids": [2**31 - 1, 5], "scores": [0.5, 0.25], "log_probability": -1.5},
+        {"item_ids": [7, 9], "scores": [0.125, -1.0], "log_probability": -2.5},
+    ]
+    greedy = replace(slates, log_probabilities=None)
+    assert decode_answer(encode_slates(greedy, 1)) == {"slates": [{"item_ids": [2**31 - 1, 5], "scores": [0.5, 0.25]}]}
+
+
+def test_hostile_json_is_a_request_or_a_validation_error() -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    processor, rng, refused = _plain_json(), np.random.default_rng(0), 0
+    for _ in range(3000):
+        try:
+            processor.pre_process(processor.parse_data(hostile.plain_json(rng, TINY)))
+        except VLLMValidationError:
+            refused += 1
+    assert 1000 < refused < 2900
+
+
 def test_plain_json_through_an_engine(bundle: Path, model: HSTU, monkeypatch: pytest.MonkeyPatch) -> None:
     from serving.vllm_plugin import io_processor
     from serving.vllm_plugin.runtime import VllmRuntime
@@ -140,6 +188,13 @@ def test_plain_json_through_an_engine(bundle: Path, model: HSTU, monkeypatch: py
         data = _data(histories, row, k=10, exclude_history=True, deny_items=answer["item_ids"][:2])
         fewer = engine.encode({"data": data}, pooling_task="plugin", use_tqdm=False)[0].outputs
         gone = set(data["items"]) | set(answer["item_ids"][:2])
+        slate = Slate(num_items=4, method="beam", width=8, exclude_history=True)
+        asked = {"num_items": 4, "method": "beam", "width": 8}
+        data = _data(histories, row, k=8, exclude_history=True, slate=asked)
+        slates = engine.encode({"data": data}, pooling_task="plugin", use_tqdm=False)[0].outputs["slates"]
+        feeds = histories.select([row]).feeds(TINY)
+        one = history_from_feeds({name: torch.from_numpy(value) for name, value in feeds.items()})
+        assert [found["item_ids"] for found in slates] == make_slates(model, one, slate).item_ids[0].tolist()
         assert fewer["item_ids"] == [item for item in expected_ids[row].tolist() if item not in gone][:10]
     runtime.close()
 
@@ -263,3 +318,43 @@ def test_the_retrieval_server(bundle: Path, model: HSTU) -> None:
             assert _post(f"{url}/pooling", {"data": bad})[0] == 400, name
         assert _post(f"{url}/v1/embeddings", {"input": [1, 2]})[0] == 200
         assert _post(f"{url}/v1/embeddings", {"input": [1, 200]})[0] == 400
+
+
+def _all(url: str, bodies: list[dict[str, Any]]) -> list[int]:
+    """The status of every body; an answer that is no JSON fails."""
+    with ThreadPoolExecutor(8) as pool:
+        return [status for status, _ in pool.map(lambda body: _post(url, body), bodies)]
+
+
+def _assert_answered(statuses: list[int], bodies: list[Any]) -> None:
+    wrong = [
+        (status, body)
+        for status, body in zip(statuses, bodies, strict=True)
+        if not (status == 200 or 400 <= status < 500)
+    ]
+    assert not wrong, wrong[:3]
+    assert min(statuses.count(200), len(statuses) - statuses.count(200)) > len(statuses) // 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_five_thousand_hostile_completions(bundle: Path) -> None:
+    rng = np.random.default_rng(1)
+    good = {"prompt": [3, 10, 150], "max_tokens": 5, "temperature": 0}
+    with _server(bundle, "vllm.yaml") as url:
+        completions = f"{url}/v1/completions"
+        before = _post(completions, good)[1]["choices"][0]["text"]
+        bodies = [hostile.completion(rng, TINY) for _ in range(5000)]
+        _assert_answered(_all(completions, bodies), bodies)
+        assert _post(completions, good)[1]["choices"][0]["text"] == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_five_thousand_hostile_histories(bundle: Path) -> None:
+    rng = np.random.default_rng(2)
+    with _server(bundle, "vllm-pooling.yaml") as url:
+        before = _post(f"{url}/pooling", {"data": GOOD})[1]["data"]["item_ids"]
+        bodies = [{"data": hostile.plain_json(rng, TINY)} for _ in range(5000)]
+        _assert_answered(_all(f"{url}/pooling", bodies), bodies)
+        assert _post(f"{url}/pooling", {"data": GOOD})[1]["data"]["item_ids"] == before
