@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from hstu.errors import CompilerError, GateError, InputError
+from hstu.errors import CompilerError, GateError, InputError, UsageError
 from stages import compiling
 from stages.contract import Stage, Workspace, execute, say
 from stages.parameters import read_comments, read_params
@@ -229,12 +229,29 @@ def recommend(
     precision: Annotated[str | None, typer.Option(help="Which engine of the bundle (default: the bundle's).")] = None,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Add each user's embedding.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: all cores).")] = None,
+    slate: Annotated[
+        Literal["greedy", "sample", "beam"] | None,
+        typer.Option(help="Make a slate of k items, one after the other (runtimes vllm and torch)."),
+    ] = None,
+    width: Annotated[int, typer.Option(help="Beams of --slate beam.")] = 32,
+    temperature: Annotated[float, typer.Option(help="Of --slate sample and beam.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of --slate sample.")] = 0,
+    exclude_history: Annotated[bool, typer.Option("--exclude-history", help="No item of the user's own.")] = False,
 ) -> None:
     """Answer requests: JSON lines in, JSON lines out, in the same order."""
     from serving.bundle import open_bundle
     from serving.recommender import Recommender, open_retriever
     from serving.requests import read_requests
 
+    if exclude_history and slate is None:
+        raise UsageError("--exclude-history belongs to --slate", fix="add --slate greedy")
+    asked = None
+    if slate is not None:
+        from serving.slate import Slate
+
+        asked = Slate(
+            num_items=k, method=slate, width=width, temperature=temperature, seed=seed, exclude_history=exclude_history
+        )
     with _lines(input_) as stream:
         requests = read_requests(stream, source="stdin" if input_ == "-" else input_)
     opened = open_bundle(bundle)
@@ -244,6 +261,7 @@ def recommend(
             requests,
             num_items=k,
             embeddings=embeddings,
+            slate=asked,
             on_cut=lambda cut: say(
                 f"{len(cut)} histories were longer than {opened.config.max_history} events; the newest were kept"
             ),
