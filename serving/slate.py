@@ -160,8 +160,8 @@ def generator_of(seed: int) -> torch.Generator:
 
 
 def gumbel_noise(num_items: int, generator: torch.Generator) -> Tensor:
-    """float32 [num_items]; the argmax of logits plus this is a draw from their softmax."""
-    return -torch.empty(num_items).exponential_(generator=generator).log()
+    """float32 [num_items] on the CPU; the argmax of logits plus this is a draw from their softmax."""
+    return -torch.empty(num_items, device="cpu").exponential_(generator=generator).log()
 
 
 def make_slates(model: HSTU, history: History, slate: Slate) -> Slates:

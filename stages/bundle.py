@@ -150,7 +150,7 @@ Recommend from JSON lines (one `{{"user_id", "events": [{{"item_id", "timestamp"
 
 Serve with vLLM, from this folder, in any environment of Python 3.11 (ids are model ids):
 
-    pip install -r requirements.txt
+    pip install --no-deps -r requirements.txt
     {SERVE}./vllm.yaml          # slates: POST /v1/completions
     {SERVE}./vllm-pooling.yaml  # retrieval, sampled and beam slates: POST /pooling
 

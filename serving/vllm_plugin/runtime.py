@@ -161,7 +161,13 @@ class VllmRuntime:
         if slate.allow_items is not None:
             extra["allow_items"] = list(slate.allow_items)
         sampling = SamplingParams(
-            temperature=0.0, max_tokens=slate.num_items, logprobs=0, detokenize=False, ignore_eos=True, extra_args=extra
+            temperature=0.0,
+            max_tokens=slate.num_items,
+            logprobs=0,
+            detokenize=False,
+            ignore_eos=True,
+            extra_args=extra,
+            skip_clone=True,  # nothing here changes it; a deep copy for every user costs more than its decoding
         )
         engine, prompts = self._engine("generate"), self._prompts(histories)
         # vLLM ranks the chosen item by a function under torch.compile: seconds of C++ compiling for one comparison.

@@ -9,6 +9,7 @@ engine's other requests wait meanwhile, which is why `serving.slate.MAX_BEAM_ITE
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -93,9 +94,14 @@ class BeamAttention:
         return pages[table].transpose(0, 1).flatten(1, 2)[:, : prefix.length]
 
 
-@torch.inference_mode()
 def search(model: PagedModel, state: Tensor, prefix: Prefix, slate: Slate, history_items: Sequence[int]) -> Slates:
     """The slates of one request as `serving.slate` defines them, B = 1; state [D] is the one after its last event."""
+    # what is made on the way is made where the state is; on a CPU that is so anyhow, and the mode costs every call
+    with torch.inference_mode(), nullcontext() if state.device.type == "cpu" else state.device:
+        return _search(model, state, prefix, slate, history_items)
+
+
+def _search(model: PagedModel, state: Tensor, prefix: Prefix, slate: Slate, history_items: Sequence[int]) -> Slates:
     config, num_items = model.config, slate.num_items
     width = slate.width if slate.method == "beam" else 1
     forbidden = slate.forbidden(config, torch.tensor(history_items, dtype=torch.int64))
@@ -111,7 +117,7 @@ def search(model: PagedModel, state: Tensor, prefix: Prefix, slate: Slate, histo
         if step:
             states = _advance(model, attention, chosen[:, -1] + 1, ancestors, step)
         taken = None if slate.allow_repeats else chosen
-        drawn = None if noise is None else gumbel_noise(config.num_items, noise)
+        drawn = None if noise is None else gumbel_noise(config.num_items, noise).to(state.device)
         best, parents, columns, cosines = best_items(
             l2_normalize(states.float()), table, inverse, masked, taken, best, slate.temperature, width, drawn
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from hstu.checkpoints.meta_research import load_meta_research
 from hstu.data.histories import Histories, histories_from_rows
 from hstu.errors import ArtifactError, InputError
 from hstu.model import HSTU, History, history_from_feeds
-from serving.slate import Slate, greedy_slate
+from serving.slate import Slate, greedy_slate, make_slates
 from serving.vllm_plugin.runtime import VllmRuntime
 from tests.models import TINY_RESEARCH, random_histories, random_model
 from tests.serving.conftest import VLLM_CONFIG, write_model_folder
@@ -327,6 +330,13 @@ def test_bfloat16_keeps_times_and_ids_exact(folder: Path, model: HSTU) -> None:
     for _ in range(2):
         cosine = (runtime.embed(histories) * expected).sum(-1)
         assert cosine.min() > 0.995
+    few = histories.select(range(4))
+    for slate in (Slate(num_items=5, method="beam", width=16), Slate(num_items=5, exclude_history=True)):
+        defined, got = make_slates(model, _padded(few, model), slate), runtime.slates(few, slate)
+        again = runtime.slates(few, slate)
+        assert torch.equal(got.item_ids, again.item_ids)
+        assert all(len(set(row)) == 5 and min(row) >= 1 for row in got.item_ids.flatten(0, 1).tolist())
+        torch.testing.assert_close(got.scores[:, 0, 0], defined.scores[:, 0, 0], rtol=0, atol=0.03)
     runtime.close()
 
 
@@ -363,14 +373,14 @@ def test_the_research_model_without_actions_and_gaps(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_tensor_parallel_processes_equal_one(folder: Path, model: HSTU, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_tensor_parallel_processes_equal_one(folder: Path, model: HSTU, tmp_path: Path) -> None:
     """Heads are split over two processes; the norm over all heads takes the sums of both."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")  # one core is enough
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
-    runtime = VllmRuntime(folder, kv_cache_mib=64, tensor_parallel_size=2)
     histories = random_histories(CONFIG, num_users=20, seed=16)
-    _assert_embeddings(model, histories, runtime.embed(histories))
-    with pytest.raises(InputError, match="one tensor-parallel rank"):
-        runtime.slates(histories, Slate(num_items=3, method="beam"))
-    _assert_slates(model, histories, *runtime.greedy_slates(histories, 10))
-    runtime.close()
+    histories.save(tmp_path / "histories.npz")
+    environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "0|0", "PYTHONWARNINGS": "ignore"}  # one core is enough
+    command = [sys.executable, "-m", "tests.serving.two_ranks", str(folder), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = np.load(tmp_path / "answers.npz")
+    _assert_embeddings(model, histories, answers["embeddings"])
+    _assert_slates(model, histories, answers["ids"], answers["scores"])

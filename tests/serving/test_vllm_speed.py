@@ -45,7 +45,7 @@ class Bench:
         write_model_folder(folder, self.model)
         (folder / "runtime").mkdir()
         build(folder / "runtime")
-        self.runtime = VllmRuntime(folder, additional_config={"hstu_attention": "kernel"})
+        self.runtime = VllmRuntime(folder, max_logprobs=256, additional_config={"hstu_attention": "kernel"})
         self.runtime.embed(self.histories(0, 1))
         torch.set_num_threads(1)
         self.ideal, self.unbiased = IdealLoop(self.model), IdealLoop(self.model, biases=False)
