@@ -61,12 +61,24 @@ def check_params(sampling_params: SamplingParams) -> None:
     for name in SWITCHES:
         if args.get(name, False) not in (True, False):  # over HTTP `true` arrives as 1.0
             raise VLLMValidationError(f"{name} must be true or false", parameter=name)
+    if is_a_beams_step(sampling_params):
+        raise VLLMValidationError(
+            "vLLM's own beam search makes a beam's items its prompt, where they may repeat: ask POST /pooling for a "
+            'slate of the method "beam", or VllmRuntime.slates',
+            parameter="use_beam_search",
+        )
     for name, absent in UNSUPPORTED.items():
         if getattr(sampling_params, name) not in absent:
             raise VLLMValidationError(
                 f"{name} has no meaning for slates; see deny_items, allow_items, exclude_history, allow_repeats",
                 parameter=name,
             )
+
+
+def is_a_beams_step(sampling_params: SamplingParams) -> bool:
+    """Whether this is one of the requests that vLLM's own beam search makes of a beam (it marks them in no other way)."""
+    one_of_many = sampling_params.max_tokens == 1 and (sampling_params.logprobs or 0) >= 2
+    return one_of_many and sampling_params.skip_clone and not sampling_params.detokenize
 
 
 def item_tensor(items: Iterable[int], num_tokens: int) -> Tensor:

@@ -231,6 +231,7 @@ def test_a_prompt_of_item_ids_is_a_history_without_times(runtime: VllmRuntime, m
 def test_bad_requests_are_refused_and_the_engine_lives(runtime: VllmRuntime, model: HSTU) -> None:
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import BeamSearchParams
 
     engine = runtime._engine("generate")
     greedy = SamplingParams(temperature=0, max_tokens=2)
@@ -265,6 +266,8 @@ def test_bad_requests_are_refused_and_the_engine_lives(runtime: VllmRuntime, mod
     ):
         with pytest.raises(VLLMValidationError):
             engine.generate({"prompt_token_ids": [1, 2]}, SamplingParams(max_tokens=2, **wrong), use_tqdm=False)
+    with pytest.raises(VLLMValidationError, match="own beam search"):
+        engine.beam_search([{"prompt_token_ids": [1, 2]}], BeamSearchParams(beam_width=2, max_tokens=3))
     with pytest.raises(InputError, match="slate this long"):
         runtime.greedy_slates(random_histories(CONFIG), 11)
     with pytest.raises(InputError, match="cannot be served"):

@@ -294,6 +294,7 @@ def test_the_slate_server(bundle: Path, model: HSTU) -> None:
             {"prompt": [1] * 21},
             {"prompt": "a"},
             {"prompt": [1], "repetition_penalty": 1.5},
+            {"prompt": [1], "use_beam_search": True, "n": 2},
             {"prompt": [1], "vllm_xargs": {"deny_items": ["x"]}},
             {"prompt_embeds": "AAAA"},
         ):
