@@ -76,9 +76,9 @@ def check_params(sampling_params: SamplingParams) -> None:
 
 
 def is_a_beams_step(sampling_params: SamplingParams) -> bool:
-    """Whether this is one of the requests that vLLM's own beam search makes of a beam (it marks them in no other way)."""
+    """Whether this is one of the requests that vLLM's own beam search makes of a beam: it alone sets all of these."""
     one_of_many = sampling_params.max_tokens == 1 and (sampling_params.logprobs or 0) >= 2
-    return one_of_many and sampling_params.skip_clone and not sampling_params.detokenize
+    return one_of_many and not sampling_params.detokenize and sampling_params.watermarking is False
 
 
 def item_tensor(items: Iterable[int], num_tokens: int) -> Tensor:

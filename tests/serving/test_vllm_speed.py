@@ -142,7 +142,7 @@ def _beams(bench: Bench, width: int, num_items: int, *, rounds: int) -> None:
 
 
 def test_beams_against_vllms_own(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`LLM.beam_search`, which is refused otherwise, takes token ids, so its prompts have no times: the same work, another answer."""
+    """`LLM.beam_search`, which is refused otherwise, takes ids without times: the same work, another answer."""
     from vllm.sampling_params import BeamSearchParams
 
     monkeypatch.setattr("serving.vllm_plugin.constraints.is_a_beams_step", lambda params: False)
