@@ -72,7 +72,9 @@ def _closure(names: Sequence[str]) -> dict[str, str]:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    installed = {canonicalize_name(one.metadata["Name"]): one for one in importlib.metadata.distributions()}
+    installed: dict[str, importlib.metadata.Distribution] = {}
+    for one in importlib.metadata.distributions():  # the first wins, as for imports: setuptools adds copies of its own
+        installed.setdefault(canonicalize_name(one.metadata["Name"]), one)
     found: dict[str, str] = {}
     waiting = [(canonicalize_name(name), frozenset[str]()) for name in names]
     seen = set(waiting)
@@ -85,10 +87,10 @@ def _closure(names: Sequence[str]) -> dict[str, str]:
             needed = Requirement(line)
             marker = needed.marker
             if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
-                one = canonicalize_name(needed.name), frozenset(needed.extras)
-                if one not in seen:
-                    seen.add(one)
-                    waiting.append(one)
+                wanted = canonicalize_name(needed.name), frozenset(needed.extras)
+                if wanted not in seen:
+                    seen.add(wanted)
+                    waiting.append(wanted)
     return found
 
 
