@@ -68,7 +68,7 @@ def write_manifest(
     name that could not be carried to another machine.
     """
     files = {}
-    for name in sorted(_walk(folder)):
+    for name in sorted(files_below(folder)):
         if name != MANIFEST:
             check_file_name(name, source=str(folder))
             files[name] = {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
@@ -117,7 +117,7 @@ def open_artifact(path: Path, *, stage: str | None = None, verify: bool = True) 
 
 
 def _verify_files(path: Path, manifest: Mapping[str, Any], fix: str) -> None:
-    named, present = set(manifest["files"]), set(_walk(path)) - {MANIFEST}
+    named, present = set(manifest["files"]), set(files_below(path)) - {MANIFEST}
     if named != present:
         raise ArtifactError(
             f"{path}: files differ from the manifest",
@@ -142,13 +142,13 @@ def _verify_files(path: Path, manifest: Mapping[str, Any], fix: str) -> None:
             )
 
 
-def _walk(folder: Path, prefix: str = "") -> Iterator[str]:
+def files_below(folder: Path, prefix: str = "") -> Iterator[str]:
     """Every file below `folder` as a POSIX path; ArtifactError on a link or a special file."""
     with os.scandir(folder / prefix) as entries:
         for entry in entries:
             name = f"{prefix}{entry.name}"
             if entry.is_dir(follow_symlinks=False):
-                yield from _walk(folder, f"{name}/")
+                yield from files_below(folder, f"{name}/")
             elif entry.is_file(follow_symlinks=False):
                 yield name
             else:
@@ -158,4 +158,13 @@ def _walk(folder: Path, prefix: str = "") -> Iterator[str]:
                 )
 
 
-__all__ = ["MANIFEST", "SCHEMA", "Artifact", "encode_json", "open_artifact", "sha256_file", "write_manifest"]
+__all__ = [
+    "MANIFEST",
+    "SCHEMA",
+    "Artifact",
+    "encode_json",
+    "files_below",
+    "open_artifact",
+    "sha256_file",
+    "write_manifest",
+]

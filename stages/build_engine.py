@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from hstu.artifact import Artifact
+from hstu.artifact import Artifact, encode_json
 from hstu.errors import ParameterError
 from hstu.tolerances import TOLERANCES, Tolerance
 from stages.contract import Outcome, Stage, say
@@ -131,6 +131,7 @@ def run(params: BuildEngineParams, inputs: Mapping[str, Artifact], folder: Path)
         "rows": "packed" if recipe.packed else "padded",
         "chosen_because": why,
     }
+    (folder / "quality.json").write_bytes(encode_json(_quality(figures)))
     size = sum(file.stat().st_size for file in folder.iterdir())
     return Outcome(metrics={**figures, "bytes": size, "entries": sorted(spec.entries)}, platform=platform)
 
@@ -146,6 +147,13 @@ def _packed(rows: str, target: Target, surgery: Artifact) -> bool:
             fix="put packing into surgery.passes and run surgery again",
         )
     return rows == "packed" or (rows == "auto" and there and target.packed)
+
+
+def _quality(figures: Mapping[str, Any]) -> dict[str, float]:
+    """What travels with the engine of its gate's figures, rounded so that the last bits of a sum change no artifact."""
+    told = {"top10_overlap": figures["top10_overlap"], "min_embedding_cosine": figures["embedding_cosine"]["min"]}
+    told |= {name: figures[name]["engine"] for name in ("hr_at_10", "ndcg_at_10") if name in figures}
+    return {name: round(value, 5) for name, value in told.items()}
 
 
 def _device(target: Target) -> str:

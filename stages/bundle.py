@@ -13,6 +13,7 @@ from hstu.config import HSTUConfig
 from hstu.errors import ArtifactError
 from stages.contract import Outcome, Stage, say
 from stages.parameters import require
+from stages.versions import version_key
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,8 +30,7 @@ class BundleParams:
                 got=self.default_engine, expected=", ".join(self.engines))  # fmt: skip
         require(1 <= self.golden_histories <= 1000, "bundle.golden_histories: out of range",
                 got=self.golden_histories, expected="1..1000")  # fmt: skip
-        parts = self.version.split(".")
-        require(len(parts) == 3 and all(p.isdigit() for p in parts), "bundle.version: not a semantic version",
+        require(version_key(self.version) is not None, "bundle.version: not a semantic version",
                 got=self.version, expected="MAJOR.MINOR.PATCH")  # fmt: skip
 
 

@@ -1,7 +1,8 @@
-"""Verify: every byte of an artifact, its lineage, and with `run` the answers of every engine in a bundle."""
+"""Verify: the bytes of an artifact; of a bundle its maker, lineage, fit to this machine, and with `run` its answers."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,8 +11,12 @@ from zipfile import BadZipFile
 
 from hstu.artifact import Artifact, open_artifact
 from hstu.errors import ArtifactError, GateError, MissingBackendError, UsageError
+from stages.bundle_lineage import check_lineage
 from stages.contract import say
-from stages.lineage import Copy, lineage_copies
+from stages.environment_fit import environment_fit, require_fit
+from stages.lineage import lineage_copies
+from stages.shipping.install import check_installed_signature, check_shipped_signature, unpack_shipment
+from stages.shipping.layout import MARKER, open_shipment
 
 if TYPE_CHECKING:
     from hstu.tolerances import Tolerance
@@ -19,29 +24,41 @@ if TYPE_CHECKING:
 
 Golden = Mapping[str, Mapping[str, Mapping[str, Any]]]  # inputs or outputs → entry → tensor
 
-# Which files of a bundle are copies of an upstream artifact's: stage → (folder below the bundle, only these).
-_COPIED: dict[str, tuple[str, tuple[str, ...] | None]] = {
-    "checkpoint": ("", ("config.json", "model.safetensors", "vocabulary.json")),
-    "export-onnx": ("onnx/", None),
-    "build-engine": ("engines/{variant}/", None),
-}
 TOP = 10
 
 
-def verify(path: Path, *, run: bool = False) -> dict[str, Any]:
-    """What was checked and found right.
+def verify(
+    path: Path, *, run: bool = False, key: Path | None = None, signature: Path | None = None, elsewhere: bool = False
+) -> dict[str, Any]:
+    """What was checked and found right, of an artifact, a bundle or a shipped bundle (which is unpacked to be read).
 
-    Raises ArtifactError when a byte differs or the lineage does not hold together, UsageError when `run`
-    is asked of what is no bundle, GateError when an engine's answers are not the golden ones.
+    Raises ArtifactError when a byte differs, the lineage does not hold together or the bundle was not signed with
+    `key`, UsageError when what bundles alone have is asked of another artifact, MissingBackendError when a bundle's
+    default engine cannot run here (unless `elsewhere`), GateError when an engine's answers are not the golden ones.
     """
+    if (path / MARKER).exists():
+        shipment = open_shipment(path)
+        fingerprint = check_shipped_signature(shipment, key) if key is not None else None
+        with tempfile.TemporaryDirectory(prefix="verify-") as folder:
+            artifact = unpack_shipment(shipment, Path(folder))
+            return _verify(artifact, path, run=run, elsewhere=elsewhere) | _signed(fingerprint)
     artifact = open_artifact(path)
-    bundle = artifact.stage == "bundle"
-    if run and not bundle:
-        raise UsageError(
-            f"{path}: only a bundle carries golden answers to replay",
-            got=f"an artifact of {artifact.stage}",
-            fix="leave --run away, or pass the bundle's folder",
-        )
+    for option, given in (("--run", run), ("--key", key), ("--signature", signature)):
+        if given and artifact.stage != "bundle":
+            raise UsageError(
+                f"{path}: only a bundle carries golden answers and a signature",
+                got=f"{option} with an artifact of {artifact.stage}",
+                fix=f"leave {option} away, or pass the bundle's folder",
+            )
+    fingerprint = check_installed_signature(artifact, key, signature=signature) if key is not None else None
+    return _verify(artifact, path, run=run, elsewhere=elsewhere) | _signed(fingerprint)
+
+
+def _signed(fingerprint: str | None) -> dict[str, Any]:
+    return {} if fingerprint is None else {"signed_with": fingerprint}
+
+
+def _verify(artifact: Artifact, path: Path, *, run: bool, elsewhere: bool) -> dict[str, Any]:
     files = artifact.manifest["files"]
     result: dict[str, Any] = {
         "path": str(path),
@@ -51,8 +68,11 @@ def verify(path: Path, *, run: bool = False) -> dict[str, Any]:
         "bytes": sum(entry["bytes"] for entry in files.values()),
         "inputs": dict(artifact.manifest["inputs"]),
     }
-    if bundle:
+    if artifact.stage == "bundle":
         result["lineage"] = check_lineage(artifact)
+        result["environment"] = environment_fit(artifact)
+        if not elsewhere:
+            require_fit(artifact, result["environment"])
     if run:
         result["golden"] = replay(artifact)
     return result
@@ -64,8 +84,14 @@ def render(result: Mapping[str, Any]) -> str:
         f"{result['path']}: {result['stage']} {result['id'][:12]}",
         f"  {result['files']} files, {result['bytes'] / 2**20:.1f} MiB: every byte is as it was written",
     ]
+    if "signed_with" in result:
+        lines.append(f"  signed with the key {result['signed_with'][:12]}")
     if "lineage" in result:
         lines.append(f"  lineage of {len(result['lineage'])} artifacts holds together")
+    for engine, found in result.get("environment", {}).items():
+        versions = f"{found['product']} {found['built_with']}"
+        versions += "" if found["here"] in (None, found["built_with"]) else f" (here {found['here']})"
+        lines.append(f"  {engine}: {found['status']}, {versions}" + (f": {found['why']}" if "why" in found else ""))
     for engine, found in result.get("golden", {}).items():
         if "skipped" in found:
             lines.append(f"  {engine}: not replayed, {found['skipped']}")
@@ -73,51 +99,6 @@ def render(result: Mapping[str, Any]) -> str:
             told = ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
             lines.append(f"  {engine} {entry}: golden answers reproduced, {told}")
     return "\n".join(lines)
-
-
-def check_lineage(artifact: Artifact) -> list[str]:
-    """Names of the upstream artifacts of a bundle; ArtifactError unless they are those it was made from.
-
-    Each input has its manifest in `lineage/` with the id the bundle names, these manifests agree about one
-    another, and the files copied into the bundle are those they name.
-    """
-    fix = "run the bundle stage again"
-    copies = lineage_copies(artifact.path)
-    inputs = artifact.manifest["inputs"]
-    names = {name.replace("/", "-"): name for name in inputs}
-    if set(copies) != set(names):
-        raise ArtifactError(
-            f"{artifact.path}: lineage/ does not hold the manifests of the inputs",
-            got=sorted(copies),
-            expected=sorted(names),
-            fix=fix,
-        )
-    for stem, name in names.items():
-        copy = copies[stem]
-        _same(f"{artifact.path}: lineage of {name}", copy.id, inputs[name], fix)
-        for parent, identity in copy.manifest["inputs"].items():
-            if parent in inputs:
-                _same(f"{artifact.path}: {name} was made from another {parent}", identity, inputs[parent], fix)
-        _check_copied(artifact, name, copy, fix)
-    return sorted(inputs)
-
-
-def _check_copied(artifact: Artifact, name: str, copy: Copy, fix: str) -> None:
-    stage, _, variant = name.partition("/")
-    if stage not in _COPIED:
-        return
-    folder, chosen = _COPIED[stage]
-    folder = folder.format(variant=variant)
-    for file, entry in copy.manifest["files"].items():
-        if chosen is not None and file not in chosen:
-            continue
-        found = artifact.manifest["files"].get(folder + file, {"sha256": "none: the file is not in the bundle"})
-        _same(f"{artifact.path}: {folder}{file} is not the file of {name}", found["sha256"], entry["sha256"], fix)
-
-
-def _same(what: str, got: str, expected: str, fix: str) -> None:
-    if got != expected:
-        raise ArtifactError(what, got=got, expected=expected, fix=fix)
 
 
 def replay(artifact: Artifact) -> dict[str, Any]:

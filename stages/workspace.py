@@ -28,6 +28,7 @@ from hstu.errors import CompilerError, UsageError
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+ELSEWHERE = "pass --artifacts DIR and --reports DIR to work elsewhere"
 _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
 
 
@@ -47,7 +48,7 @@ def say(message: str) -> None:
 
 
 @contextlib.contextmanager
-def hold(artifacts: Path) -> Iterator[None]:
+def hold(artifacts: Path, *, fix: str = ELSEWHERE) -> Iterator[None]:
     """Until the block ends nobody else writes below `artifacts`; a run that holds it already may nest.
 
     Raises UsageError when another run holds it, or the folder cannot be written to. The lock is the
@@ -69,12 +70,10 @@ def hold(artifacts: Path) -> Iterator[None]:
             stream.seek(0)
             raise UsageError(
                 f"{artifacts}: another run is at work here (process {stream.read().strip() or 'unknown'})",
-                fix="wait for it to end, or pass --artifacts DIR and --reports DIR to work elsewhere",
+                fix=f"wait for it to end, or {fix}",
             ) from None
         except OSError as error:
-            raise UsageError(
-                f"{artifacts}: cannot be written to ({error.strerror})", fix="pass --artifacts DIR, a folder of yours"
-            ) from None
+            raise UsageError(f"{artifacts}: cannot be written to ({error.strerror})", fix=fix) from None
         token = _held.set(_held.get() | {key})
         try:
             yield
@@ -110,8 +109,8 @@ class FullDisk:
     when the disk under `folder` has no room left at that moment, that is what went wrong.
     """
 
-    def __init__(self, what: str, folder: Path) -> None:
-        self.what, self.folder = what, folder
+    def __init__(self, what: str, folder: Path, *, fix: str = "pass --artifacts DIR on another disk") -> None:
+        self.what, self.folder, self.fix = what, folder, fix
 
     def __enter__(self) -> None:
         return None
@@ -126,7 +125,7 @@ class FullDisk:
             raise UsageError(
                 f"{self.what}: the disk is full (or a quota or size limit is reached); nothing was kept of this run",
                 got=f"{free // 2**20} MiB free below {self.folder}; {type(error).__name__}: {error}",
-                fix="free some space, or pass --artifacts DIR on another disk, and run again",
+                fix=f"free some space, or {self.fix}, and run again",
             ) from error
 
 
@@ -173,7 +172,7 @@ def commit(temporary: Path, destination: Path, report: Path, metrics: object) ->
     report is removed first: after a kill a report is missing, never one of another artifact.
     """
     temporary.chmod(0o755)  # mkdtemp's 0700 would keep a server of another user from reading it
-    _sync(temporary)
+    sync(temporary)
     staged = _staged_report(report, metrics)
     previous = _previous(destination)
     try:
@@ -188,7 +187,7 @@ def commit(temporary: Path, destination: Path, report: Path, metrics: object) ->
                     previous.rename(destination)
                 raise
             staged.replace(report)
-            _sync_folder(destination.parent)
+            sync_folder(destination.parent)
     finally:
         staged.unlink(missing_ok=True)
     if previous.exists():
@@ -250,15 +249,15 @@ def _says_full(error: BaseException | None) -> bool:
     return False
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Every file and folder below is on the disk: a rename must not outrun the bytes when the power fails."""
     for path, _, names in os.walk(folder):
         for name in names:
-            _sync_folder(Path(path) / name)
-        _sync_folder(Path(path))
+            sync_folder(Path(path) / name)
+        sync_folder(Path(path))
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ PARAMS: dict[str, dict[str, Any]] = {
     "prepare-data": {"source": "reference"},
     "checkpoint": {"source": "reference"},
     "build-engine": {"precision": "fp32", "max_abs_error": 2e-5, "min_cosine": None},
+    "bundle": {"version": "0.1.0"},
 }
 
 
@@ -68,6 +70,17 @@ def write_artifacts(artifacts: Path) -> Path:
     copy(artifacts / "export-onnx", bundle / "onnx")
     for name in ("fp32", "fp32-tensorrt-rtx"):
         copy(artifacts / "build-engine" / name, bundle / "engines" / name)
+    platform = {"product": "ONNX Runtime", "version": version("onnxruntime"), "device": "cpu"}
+    description = {
+        "version": PARAMS["bundle"]["version"],
+        "default_engine": "fp32",
+        "engines": {
+            "fp32": platform | {"backend": "onnxruntime", "executed": True},
+            "fp32-tensorrt-rtx": platform | {"backend": "tensorrt-rtx", "executed": False},
+        },
+        "checkpoint": {"metrics": {"hr_at_10": 0.5}},
+    }
+    (bundle / "bundle.json").write_bytes(encode_json(description))
     write_golden(checkpoint, bundle / "golden", num_histories=6)
     (bundle / "lineage").mkdir()
     for name, artifact in made.items():

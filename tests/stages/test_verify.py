@@ -15,8 +15,10 @@ import pytest
 from hstu.artifact import MANIFEST, encode_json, open_artifact, sha256_file
 from hstu.errors import ArtifactError, GateError, UsageError
 from hstu.tolerances import TOLERANCES
+from stages.shipping.ship import ship
 from stages.verify import _limits, compare, render, replay, verify
 from tests.stages.bundles import checksummed, rewrite, write_artifacts
+from tests.stages.shipping.shipments import write_keys
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +219,22 @@ def test_an_engine_is_held_to_the_limits_it_was_built_with(whole: Path) -> None:
     artifact = open_artifact(whole)
     assert _limits(artifact, "fp32", "fp32") == replace(TOLERANCES["fp32"], max_abs_error=2e-5)
     assert _limits(artifact, "torch", "fp32") == TOLERANCES["fp32"]
+
+
+def test_what_fits_this_machine_is_told(whole: Path) -> None:
+    result = verify(whole)
+    assert {name: found["status"] for name, found in result["environment"].items()} == {
+        "fp32": "fits", "fp32-tensorrt-rtx": "conformance",
+    }  # fmt: skip
+    assert "fp32: fits, ONNX Runtime" in render(result)
+
+
+def test_a_shipped_bundle_is_unpacked_and_checked_like_any_other(whole: Path, tmp_path: Path) -> None:
+    private, public = write_keys(tmp_path / "keys")
+    ship(whole, tmp_path / "shipped", key=private)
+    result = verify(tmp_path / "shipped", key=public, run=True)
+    assert result["path"] == str(tmp_path / "shipped")
+    assert set(result["golden"]) == {"torch", "fp32", "fp32-tensorrt-rtx"}
+    assert "signed with the key" in render(result)
+    with pytest.raises(UsageError, match="only a bundle carries"):
+        verify(whole.parent / "export-onnx", key=public)
