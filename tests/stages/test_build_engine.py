@@ -97,7 +97,8 @@ def test_an_engine_says_what_it_is_and_answers(engine: tuple[Artifact, Outcome],
     assert outcome.platform is not None
     assert (outcome.platform["backend"], outcome.platform["executed"]) == ("onnxruntime", True)
     assert set(artifact.manifest["files"]) == {
-        "engine.json", "config.json", "recipe.json", "weights.bin", *(f"{name}.onnx" for name in entry_names(TINY))
+        "engine.json", "config.json", "recipe.json", "quality.json", "weights.bin",
+        *(f"{name}.onnx" for name in entry_names(TINY)),
     }  # fmt: skip
     assert outcome.metrics["histories"] == 32
     running = open_engine(artifact.path, threads=1)
