@@ -277,12 +277,20 @@ def benchmark(
     case: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Cases to run (default: benchmark.cases).")
     ] = None,
+    compile_only: Annotated[
+        bool, typer.Option("--compile-only", help="Compile the models of the cases, measure nothing.")
+    ] = False,
 ) -> None:
     """Measure every runtime of the bundle beside eager PyTorch; write benchmark.json and report.html."""
+    from stages.benchmark import compile_cases
     from stages.pipeline import stage
 
     if case:
         settings.set_values.append(f"benchmark.cases={json.dumps(case)}")
+    if compile_only:
+        workspace = settings.workspace()
+        compile_cases(workspace, workspace.values["benchmark"]["cases"])
+        return
     execute(stage("benchmark"), settings.workspace())
     path = settings.reports / "benchmark.json"
     settings.show(json.loads(path.read_text()), f"{path}\n{settings.reports / 'report.html'}")

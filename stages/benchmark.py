@@ -8,20 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hstu.artifact import Artifact, encode_json
+from hstu.artifact import Artifact, encode_json, open_artifact
 from hstu.config import HSTUConfig
 from hstu.errors import GateError
 from stages.contract import Outcome, Stage, Workspace, say, write_report
 from stages.gate_checks import MAX_CORE_WAIT
-from stages.measure.cases import Case, Cell, find_case
+from stages.measure.cases import Case, find_case
+from stages.measure.contestants import PEERS
 from stages.parameters import require
 
 if TYPE_CHECKING:
-    from stages.measure.interleave import Measurement
+    from stages.measure.interleave import Found
     from stages.measure.session import Session
 
 SCHEMA = 1
 FILE = "benchmark.json"
+CELL = ("case", "entry", "batch", "length", "new_events", "occupancy", "thread_mode")  # what is measured in one go
+LISTS = ("results", "scaling", "skipped")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,12 +32,17 @@ class BenchmarkParams:
     """What is measured and how long; see params.yaml."""
 
     cases: tuple[str, ...]
-    threads: tuple[Literal["one", "all"], ...]
+    threads: tuple[Literal["one", "all", "scaling"], ...]
+    entries: tuple[Literal["retrieve", "rank", "extend", "generate"], ...]
+    batches: tuple[int, ...]
+    occupancies: tuple[float, ...]
+    leave_out: tuple[str, ...]
     cell_seconds: float
     min_rounds: int
     max_rounds: int
     first_answer_s: float
     compile_batches: tuple[int, ...]
+    compile_threads: tuple[Literal["one", "all"], ...]
     seed: int
 
     def __post_init__(self) -> None:
@@ -48,8 +56,9 @@ class BenchmarkParams:
                 got=(self.min_rounds, self.max_rounds), expected="1 <= min_rounds <= max_rounds")  # fmt: skip
         require(self.first_answer_s > 0, "benchmark.first_answer_s: not positive",
                 got=self.first_answer_s, expected="> 0")  # fmt: skip
-        require(min(self.compile_batches, default=1) >= 1, "benchmark.compile_batches: not positive",
-                got=list(self.compile_batches), expected="batch sizes")  # fmt: skip
+        for name, sizes in (("batches", self.batches), ("compile_batches", self.compile_batches)):
+            require(min(sizes, default=1) >= 1, f"benchmark.{name}: not positive",
+                    got=list(sizes), expected="batch sizes")  # fmt: skip
         require(self.seed >= 0, "benchmark.seed: negative", got=self.seed, expected=">= 0")
 
 
@@ -58,39 +67,59 @@ def run(params: BenchmarkParams, inputs: Mapping[str, Artifact], folder: Path) -
     from stages.measure.environment import describe_environment
 
     bundle = inputs["bundle"]
-    sessions = [_measure(find_case(name), bundle, params) for name in params.cases]
+    cases: dict[str, Any] = {}
+    sessions = []
+    for name in params.cases:
+        case = find_case(name)
+        session, compiled = _measure(case, bundle, params)
+        sessions.append(session)
+        cases[name] = {
+            "summary": case.summary,
+            "left_out": case.left_out,
+            "model": session.config.to_dict(),
+            "compiled": compiled,
+        }
     calibration = sorted(value for session in sessions for value in session.calibration_ms)
     report = {
         "schema": SCHEMA,
         "bundle": bundle.id,
         "environment": describe_environment() | {"calibration_ms": round(calibration[len(calibration) // 2], 3)},
-        "cases": {
-            session.case.name: {
-                "summary": session.case.summary,
-                "model": session.config.to_dict(),
-                "ceiling_gflops": session.ceilings,
-            }
-            for session in sessions
-        },
+        "cases": cases,
         "results": [row for session in sessions for row in session.rows],
+        "scaling": [row for session in sessions for row in session.scaling],
         "skipped": [row for session in sessions for row in session.skipped],
     }
     (folder / FILE).write_bytes(encode_json(report))
     return Outcome(metrics=_metrics(report["results"]))  # type: ignore[arg-type]
 
 
-def _measure(case: Case, bundle: Artifact, params: BenchmarkParams) -> Session:
+def compile_cases(workspace: Workspace, names: Sequence[str]) -> None:
+    """The models of these cases stand compiled below the artifacts, so that a benchmark of them measures at once."""
+    from stages.contract import hold
     from stages.measure import case_models
+
+    with hold(workspace.artifacts):
+        bundle = open_artifact(workspace.artifacts / "bundle", stage="bundle")
+        for name in names:
+            case = find_case(name)
+            if case.config is not None:
+                files, refused = case_models.random_files(case, bundle.path, workspace.artifacts / case_models.FOLDER)
+                built = ", ".join(sorted(files.engines)) or "none"
+                say(f"benchmark: {name} stands compiled: engines {built}; refused: {', '.join(refused) or 'none'}")
+
+
+def _measure(case: Case, bundle: Artifact, params: BenchmarkParams) -> tuple[Session, str | None]:
+    """The case measured, and which compiled model that was; None for the bundle's own."""
+    from stages.measure import case_models
+    from stages.measure.contestants import Compiling, contestants
     from stages.measure.interleave import Effort
-    from stages.measure.runtimes import contestants
-    from stages.measure.session import Session
+    from stages.measure.session import Choice, Session
 
     refused: dict[str, str] = {}
     if case.config is None:
         files = case_models.bundle_files(bundle.path)
     else:
-        cases = bundle.path.parent / case_models.FOLDER
-        files, refused = case_models.random_files(case.name, case.config, bundle.path, cases)
+        files, refused = case_models.random_files(case, bundle.path, bundle.path.parent / case_models.FOLDER)
     session = Session(
         case=case,
         config=HSTUConfig.from_pretrained(files.checkpoint),
@@ -100,33 +129,45 @@ def _measure(case: Case, bundle: Artifact, params: BenchmarkParams) -> Session:
             min_rounds=params.min_rounds,
             max_rounds=params.max_rounds,
             first_answer_s=params.first_answer_s,
-            compile_batches=params.compile_batches,
+            compiling=Compiling(batches=params.compile_batches, threads=params.compile_threads),
         ),
         seed=params.seed,
         on_cell=_tell,
+        choice=Choice(
+            entries=params.entries,
+            batches=params.batches,
+            occupancies=params.occupancies,
+            leave_out=params.leave_out,
+        ),
     )
     session.skipped += [
         {"case": case.name, "runtime": "engine", "precision": name, "reason": why} for name, why in refused.items()
     ]
     for mode in params.threads:
         session.measure(mode)
+    for row in session.scaling:
+        name = f"{row['runtime']} {row['backend']} {row['precision']}"
+        say(f"benchmark: {case.name} {name}: {row['threads']} threads are worth {row['scaling']:.2f}")
     for row in session.skipped:
         say(f"benchmark: {row['case']}: {row['runtime']} {row['precision']} is not measured: {row['reason']}")
-    return session
+    return session, None if case.config is None else files.checkpoint.parent.name[:16]
 
 
-def _tell(cell: Cell, found: Sequence[Measurement]) -> None:
+def _tell(found: Found) -> None:
     import numpy as np
 
     parts = []
-    for item in found:
+    for item in found.measurements:
         name = str(item.contestant)
         if not item.check.correct:
-            parts.append(f"{name} WRONG (error {item.check.max_abs_error:.2g})")
-        elif item.seconds:
+            name += f" WRONG (error {item.check.max_abs_error:.2g})"
+        if not item.seconds:
+            parts.append(name)
+        else:
             busy = f", waited {item.wait_share:.0%}" if item.wait_share > MAX_CORE_WAIT else ""
-            parts.append(f"{name} {np.median(item.seconds) * 1e3:.3g} ms ({np.median(item.ratios):.2f}x{busy})")
-    say(f"benchmark: {cell}: {', '.join(parts)}")
+            ratio = np.median(item.ratios(found.measurements[0]))
+            parts.append(f"{name} {np.median(item.seconds) * 1e3:.3g} ms ({ratio:.2f}x{busy})")
+    say(f"benchmark: {found.cell}: {', '.join(parts)}")
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -134,16 +175,18 @@ def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for row in rows:
         if row["latency_ms"] is not None and row["thread_mode"] == "all" and row["occupancy"] == 1.0:
-            name = row["runtime"] if row["runtime"] != "engine" else f"engine-{row['backend']}-{row['precision']}"
-            place = metrics.setdefault(row["case"], {}).setdefault(f"{row['entry']}-batch-{row['batch']}", {})
+            name = row["runtime"] if row["precision"] == "fp32" else f"{row['runtime']}-{row['precision']}"
+            name = name if row["runtime"] != "engine" else f"engine-{row['backend']}-{row['precision']}"
+            new = f"-new-{row['new_events']}" if row["new_events"] else ""
+            place = metrics.setdefault(row["case"], {}).setdefault(f"{row['entry']}-batch-{row['batch']}{new}", {})
             place[name] = {"p50_ms": row["latency_ms"]["p50"], "ratio_to_eager": row["ratio_to_eager"]}
     return metrics
 
 
 def publish(artifact: Artifact, workspace: Workspace) -> None:
-    """`reports/` holds benchmark.json, the plots and report.html; GateError when any answer was wrong.
+    """`reports/` holds benchmark.json, the plots and report.html; GateError when an answer of ours was wrong.
 
-    Cases that were not run this time stay, as long as they are of the same bundle and the same machine.
+    Cells that were not measured this time stay, as long as they are of the same models and the same machine.
     """
     from stages.report import write_plots, write_report_page
 
@@ -153,7 +196,7 @@ def publish(artifact: Artifact, workspace: Workspace) -> None:
     write_report(path, merged)
     write_plots(merged, workspace.reports)
     write_report_page(workspace)
-    wrong = [row for row in merged["results"] if not row["correct"]]
+    wrong = [row for row in merged["results"] if not row["correct"] and row["runtime"] not in PEERS]
     if wrong:
         row = wrong[0]
         raise GateError(
@@ -166,27 +209,46 @@ def publish(artifact: Artifact, workspace: Workspace) -> None:
 
 
 def merge(current: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any]:
-    """`current` with the cases of `earlier` that it lacks, when both are of one schema, bundle and machine."""
+    """`current` with what `earlier` has and it lacks: cells, scaling of cases, and what was skipped there.
+
+    A cell is taken whole, for its ratios are of runtimes that took turns. Nothing is kept of a case whose model
+    was compiled anew, and nothing at all when schema, bundle or machine is another.
+    """
 
     def setting(report: Mapping[str, Any]) -> tuple[Any, ...]:
         environment = {k: v for k, v in report.get("environment", {}).items() if k != "calibration_ms"}
         return report.get("schema"), report.get("bundle"), environment
 
-    if earlier is None:
+    if earlier is None or not earlier.get("cases"):
         return current
-    others = [name for name in earlier.get("cases", {}) if name not in current["cases"]]
-    if not others:
-        return current
+    names = ", ".join(earlier["cases"])
     if setting(earlier) != setting(current):
-        say(f"benchmark: dropping {', '.join(others)}: measured on another bundle or another machine")
+        say(f"benchmark: dropping earlier results of {names}: measured on another bundle or another machine")
         return current
-    say(f"benchmark: keeping {', '.join(others)} as measured before on this bundle and this machine")
-    kept = {key: [row for row in earlier[key] if row["case"] in others] for key in ("results", "skipped")}
+    same = [
+        name
+        for name, about in earlier["cases"].items()
+        if name not in current["cases"] or about.get("compiled") == current["cases"][name].get("compiled")
+    ]
+    kept = {key: [row for row in earlier.get(key, []) if row["case"] in same] for key in LISTS}
+    measured = {_cell(row) for row in current["results"]}
+    kept["results"] = [row for row in kept["results"] if _cell(row) not in measured]
+    scaled = {row["case"] for row in current.get("scaling", [])}
+    kept["scaling"] = [row for row in kept["scaling"] if row["case"] not in scaled]
+    known = {_runtime(row) for key in LISTS for row in current.get(key, [])}
+    kept["skipped"] = [row for row in kept["skipped"] if _runtime(row) not in known]
     return current | {
-        "cases": current["cases"] | {name: earlier["cases"][name] for name in others},
-        "results": current["results"] + kept["results"],
-        "skipped": current["skipped"] + kept["skipped"],
+        "cases": {name: earlier["cases"][name] for name in same} | current["cases"],
+        **{key: [*kept[key], *current.get(key, [])] for key in LISTS},
     }
+
+
+def _cell(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in CELL)
+
+
+def _runtime(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("case", "runtime", "precision"))
 
 
 STAGE = Stage(
@@ -194,7 +256,7 @@ STAGE = Stage(
     summary="Measure every runtime of the bundle beside eager PyTorch; write benchmark.json and report.html.",
     params=BenchmarkParams,
     needs=("bundle",),
-    toolchain=("torch", "onnxruntime", "numpy"),
+    toolchain=("torch", "onnxruntime", "openvino", "numpy"),
     run=run,
     publish=publish,
 )

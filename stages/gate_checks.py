@@ -12,7 +12,9 @@ from hstu.tolerances import TOLERANCES
 if TYPE_CHECKING:
     from stages.gate import GateParams
 
-KEY = ("case", "entry", "runtime", "backend", "precision", "batch", "length", "occupancy", "thread_mode")
+KEY = (
+    "case", "entry", "runtime", "backend", "precision", "batch", "length", "new_events", "occupancy", "thread_mode",
+)  # fmt: skip
 REQUIRED = (
     "correct", "max_abs_error", "top10_overlap", "latency_ms", "throughput_rps", "peak_memory_mib", "ratio_to_eager",
 )  # fmt: skip
@@ -202,7 +204,9 @@ def is_disturbed(row: Row) -> bool:
 
 
 def _correctness(name: str, new: Row, old: Row, params: GateParams) -> list[Check]:
-    checks = []
+    checks: list[Check] = []
+    if old.get("correct") is False:
+        return checks  # a peer's, for a wrong result of ours becomes no baseline
     if new.get("correct") is not None:
         status: Status = "pass" if new["correct"] is True else "fail"
         checks.append(Check(kind="correct", what=name, status=status, got=str(new["correct"]).lower(), limit="true"))
@@ -259,13 +263,15 @@ def _numbers(values: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _key(row: Row) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in KEY)
+    return tuple(row.get(name) or 0 for name in KEY)
 
 
 def _name(row: Row) -> str:
-    runtime = row["runtime"] if row["runtime"] != "engine" else f"engine {row['backend']} {row['precision']}"
+    runtime = row["runtime"] if row["precision"] == "fp32" else f"{row['runtime']} {row['precision']}"
+    runtime = runtime if row["runtime"] != "engine" else f"engine {row['backend']} {row['precision']}"
     threads = "1 thread" if row.get("thread_mode") == "one" else "all threads"
-    return f"{row['case']} {row['entry']} {runtime} B={row['batch']} {row.get('occupancy', 1.0):.0%} {threads}"
+    new = f" {row['new_events']} new" if row.get("new_events") else ""
+    return f"{row['case']} {row['entry']}{new} {runtime} B={row['batch']} {row.get('occupancy', 1.0):.0%} {threads}"
 
 
 def _reason(row: Row, skipped: Sequence[Row]) -> str:

@@ -86,7 +86,9 @@ def _write_table(path: Path, figure: str, rows: Sequence[tuple[Mapping[str, Any]
     writer.writerow(["what", figure])
     for row, value in rows:
         engine = f" {row['backend']} {row['precision']}" if row["runtime"] == "engine" else ""
-        writer.writerow([f"{row['case']} {row['entry']} {row['runtime']}{engine}", value])
+        engine = engine or (f" {row['precision']}" if row["precision"] != "fp32" else "")
+        new = f" {row['new_events']} new" if row.get("new_events") else ""
+        writer.writerow([f"{row['case']} {row['entry']}{new} {row['runtime']}{engine}", value])
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.tmp")
     staged.write_text(text.getvalue())

@@ -16,9 +16,9 @@ ENTRIES = {
     "retrieve": "Retrieve: a history in, the top 100 of the whole corpus out",
     "rank": "Rank: a history and its candidates in, a score per task out",
     "generate": "Generate: a slate of 10 items, one after the other",
-    "extend": "Extend: new events on a cached history",
+    "extend": "Extend: a user comes back; engines have the state of the visit before, the others compute all anew",
 }
-RUNTIMES = ("torch-eager", "torch-compile", "onnx-plain", "engine", "vllm")
+RUNTIMES = ("torch-eager", "torch-compile", "onnx-plain", "openvino-plain", "engine", "engine-padded", "vllm")
 
 
 def speed(evidence: Evidence) -> str:
@@ -29,28 +29,108 @@ def speed(evidence: Evidence) -> str:
         about = cases[case]
         rows = [row for row in evidence.rows if row["case"] == case]
         parts.append(f"<h3>{escape(case)}: {escape(about['summary'])}</h3>")
+        scaling = [row for row in evidence.benchmark.get("scaling", []) if row["case"] == case]
+        parts.append(_one_user(rows, scaling))
+        parts.append(_returning(rows))
+        parts.append(_batches(rows))
         for entry, title in ENTRIES.items():
             charts = _entry_charts([row for row in rows if row["entry"] == entry])
             if charts:
                 parts.append(f'<p class="soft">{escape(title)}</p><div class="charts">{charts}</div>')
-        ceilings = about.get("ceiling_gflops", {})
-        if ceilings:
-            told = "; ".join(
-                f"{'one thread' if mode == 'one' else 'all threads'}: "
-                + ", ".join(f"{precision} {value:,.0f}" for precision, value in sorted(values.items()))
-                for mode, values in sorted(ceilings.items(), reverse=True)
-            )
-            text = f"Matrix products of this model's sizes in PyTorch, measured in the same run, in GFLOP/s: {told}."
-            parts.append(f'<p class="caption">{escape(text)}</p>')
+        if about.get("left_out"):
+            parts.append(f'<p class="caption">Left out: {escape(about["left_out"])}</p>')
         parts.append(
             f"<details><summary>All {len(rows)} results of {escape(case)}</summary>{_all_rows(rows)}</details>"
         )
     return "".join(parts)
 
 
+def _one_user(rows: Sequence[Row], scaling: Sequence[Row]) -> str:
+    """Retrieve for one user on one thread: speed, share of the ceiling, memory, and what more threads are worth."""
+    threads = {_runtime(row): row for row in scaling}
+    body, products = [], set()
+    for row in sorted(rows, key=_order):
+        if (row["entry"], row["batch"], row["thread_mode"]) != ("retrieve", 1, "one") or row["latency_ms"] is None:
+            continue
+        share, more = row.get("share_of_ceiling"), threads.get(_runtime(row))
+        if share is not None and row.get("ceiling_product"):
+            products.add((row["precision"], row["ceiling_gflops"], row["ceiling_product"]))
+        memory = row.get("memory_ratio")
+        body.append(
+            [
+                label(row), f"{row['latency_ms']['p50']:.4g}", _ratio(row) or "1.00×",
+                _times(row.get("ratio_to_plain")),
+                "–" if share is None else f"{share:.0%}",
+                "–" if more is None else f"{more['scaling']:.2f}×",
+                f"{row['peak_memory_mib']:,.0f}",
+                "–" if memory is None else f"{memory:.2f}×",
+            ]
+        )  # fmt: skip
+    if not body:
+        return ""
+    count = max((row["threads"] for row in scaling), default=0)
+    more_threads = f"{count} threads" if count else "more threads"
+    head = ("one user, one thread", "p50 ms", "× eager", "× plain export", "of the ceiling", more_threads, "MiB",
+            "× least memory")  # fmt: skip
+    told = "; ".join(f"{precision} {gflops:,.0f} ({product})" for precision, gflops, product in sorted(products))
+    note = (
+        "The ceiling is the fastest matrix product of this model's shapes by any library here, measured in the same "
+        f"rounds, in GFLOP/s: {told}. The share is the least work of an answer at that rate over its median time. "
+        "The least memory is the fp32 weights once and the activations of one layer."
+    )
+    return f'{table(head, body)}<p class="caption">{escape(note)}</p>'
+
+
+def _returning(rows: Sequence[Row]) -> str:
+    """A user who comes back: time by number of new events, beside the plain export that computes all anew."""
+    found = [r for r in rows if r["entry"] == "extend" and r["thread_mode"] == "one" and r["latency_ms"] is not None]
+    if not found:
+        return ""
+    body = [
+        [
+            label(row), str(row.get("new_events", 0)), str(row["length"]), f"{row['latency_ms']['p50']:.4g}",
+            _ratio(row) or "1.00×", _times(row.get("ratio_to_plain")),
+        ]
+        for row in sorted(found, key=lambda r: (-r.get("new_events", 0), *_order(r)))
+    ]  # fmt: skip
+    head = ("returning user, one thread", "new events", "history", "p50 ms", "× eager", "× plain export")
+    return table(head, body)
+
+
+def _batches(rows: Sequence[Row]) -> str:
+    """Retrieve for batches on all threads, full and partly full."""
+    found = [
+        r
+        for r in rows
+        if (r["entry"], r["thread_mode"]) == ("retrieve", "all") and r["batch"] > 1 and r["latency_ms"] is not None
+    ]
+    if not any(row["occupancy"] < 1.0 for row in found):
+        return ""
+    body = [
+        [
+            label(row), str(row["batch"]), f"{row['occupancy']:.0%}", f"{row['latency_ms']['p50']:.4g}",
+            f"{row['throughput_rps']:,.1f}", _ratio(row) or "1.00×", _times(row.get("ratio_to_plain")),
+            _times(row.get("ratio_to_padded")),
+        ]
+        for row in sorted(found, key=lambda r: (r["batch"], -r["occupancy"], *_order(r)))
+    ]  # fmt: skip
+    head = ("batches, all threads", "users", "full", "p50 ms", "users/s", "× eager", "× plain export", "× padded")
+    return f"<details><summary>Batches, full and partly full</summary>{table(head, body)}</details>"
+
+
+def _runtime(row: Row) -> tuple[str, str, str]:
+    return row["runtime"], row["backend"], row["precision"]
+
+
+def _times(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}×"
+
+
 def _entry_charts(rows: Sequence[Row]) -> str:
     full = [row for row in rows if row["occupancy"] == 1.0 and row["latency_ms"] is not None]
     charts = []
+    newest = max((row.get("new_events", 0) for row in full), default=0)  # of returning users the chart shows one kind
+    full = [row for row in full if row.get("new_events", 0) == newest]
     for mode, words in (("one", "one thread"), ("all", "all threads")):
         single = sorted((r for r in full if r["batch"] == 1 and r["thread_mode"] == mode), key=_order)
         if single:
@@ -92,7 +172,8 @@ def _all_rows(rows: Sequence[Row]) -> str:
         timed = latency is not None
         body.append(
             [
-                row["entry"], label(row), str(row["batch"]), f"{row['occupancy']:.0%}", str(row["threads"]),
+                row["entry"] + (f" {row.get('new_events', 0)} new" if row.get("new_events", 0) else ""), label(row),
+                str(row["batch"]), f"{row['occupancy']:.0%}", str(row["threads"]),
                 *(f"{latency[name]:.4g}" if timed else "wrong" for name in ("p50", "p95", "p99")),
                 f"{row['throughput_rps']:,.1f}" if timed else "–",
                 _ratio(row) or "1" if timed else "–",
@@ -115,12 +196,23 @@ def fastest(rows: Sequence[Row], case: str, *, batch: int) -> Row | None:
 
 
 def label(row: Row) -> str:
-    return str(row["runtime"]) if row["runtime"] != "engine" else f"{row['backend']} {row['precision']}"
+    """What a runtime is called; † where a peer is timed although its answers are wrong."""
+    wrong = " †" if not row["correct"] and row["latency_ms"] is not None else ""
+    return _name(row) + wrong
+
+
+def _name(row: Row) -> str:
+    if row["runtime"] == "engine":
+        return f"{row['backend']} {row['precision']}"
+    if row["runtime"] == "engine-padded":
+        return f"{row['backend']} {row['precision']} padded"
+    return str(row["runtime"]) if row["precision"] == "fp32" else f"{row['runtime']} {row['precision']}"
 
 
 def _ratio(row: Row) -> str:
     disturbed = " ~" if is_disturbed(row) else ""
-    return disturbed.strip() if row["runtime"] == "torch-eager" else f"{row['ratio_to_eager']:.2f}×{disturbed}"
+    reference = (row["runtime"], row["precision"]) == ("torch-eager", "fp32")
+    return disturbed.strip() if reference else f"{row['ratio_to_eager']:.2f}×{disturbed}"
 
 
 def _tone(row: Row) -> str:

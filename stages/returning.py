@@ -30,9 +30,9 @@ def returning_answers(engine: Engine, histories: Histories) -> Answers:
     return extend(stateful, states, part(histories, seen, histories.lengths))[1]
 
 
-def seen_before(histories: Histories) -> Int64s:
-    """How many events of each history an earlier visit had: all but the newest ten, but at least one. int64 [B]."""
-    return np.maximum(histories.lengths - NEW_EVENTS, 1)
+def seen_before(histories: Histories, new_events: int = NEW_EVENTS) -> Int64s:
+    """How many events of each history an earlier visit had: all but the newest, but at least one. int64 [B]."""
+    return np.maximum(histories.lengths - new_events, 1)
 
 
 def part(histories: Histories, first: Int64s, last: Int64s) -> Histories:

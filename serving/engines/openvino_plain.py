@@ -27,13 +27,21 @@ class PlainOpenVinoEngine:
 
     backend = "openvino-plain"
 
-    def __init__(self, folder: Path, *, precision: str = "fp32", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        precision: str = "fp32",
+        threads: int | None = None,
+        entries: tuple[EntryName, ...] | None = None,
+    ) -> None:
         self.precision = precision
         self.config = HSTUConfig.from_pretrained(folder)
+        self.entries = entry_names(self.config) if entries is None else entries
         hints = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision]}
         core = openvino.Core()
         self._requests: dict[str, openvino.InferRequest] = {}
-        for name in entry_names(self.config):
+        for name in self.entries:
             try:
                 compiled = core.compile_model(
                     folder / f"{name}.onnx", "CPU", properties(threads or len(os.sched_getaffinity(0))) | hints
@@ -45,7 +53,7 @@ class PlainOpenVinoEngine:
                     expected="a plain export: standard operators alone",
                 ) from None
             self._requests[name] = compiled.create_infer_request()
-        self._outputs = {name: [o.name for o in entry(self.config, name).outputs] for name in entry_names(self.config)}
+        self._outputs = {name: [o.name for o in entry(self.config, name).outputs] for name in self.entries}
 
     def run(self, entry: EntryName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The entry's outputs by name."""

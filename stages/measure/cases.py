@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from hstu.config import TASKS, HSTUConfig
 from hstu.errors import ParameterError
@@ -13,14 +13,15 @@ from hstu.errors import ParameterError
 BenchmarkEntry = Literal["retrieve", "rank", "extend", "generate"]
 ThreadMode = Literal["one", "all"]
 SLATE = 10  # items of a generated slate
+PORTABLE = "The portable engines: fp16, a shipping format that no CPU here computes in, and fp32 on ONNX Runtime."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
     """A model and the requests it is measured with. `config` None is the bundle's own checkpoint.
 
-    `extend` is a returning user: the newest 10 events of a history are new, and an engine has the user's state.
-    Runtimes that keep none compute the whole history again, eager PyTorch among them.
+    `extend` is a returning user: the newest `new_events` events of a history are new, and an engine has the user's
+    state. Runtimes that keep none compute the whole history again, eager PyTorch among them.
 
     Every other case is a model of random weights, compiled with the parameters that the bundle was compiled with.
     """
@@ -31,8 +32,14 @@ class Case:
     entries: tuple[BenchmarkEntry, ...] = ("retrieve", "rank")
     batches: tuple[int, ...] = (1, 8, 32)
     occupancies: tuple[float, ...] = (1.0, 0.5)  # real events per padded position
+    new_events: tuple[int, ...] = (10, 1)  # of a returning user
     candidates: int = 128  # per user, of the rank entry
     check_users: int = 32  # answers compared with eager PyTorch before a cell is timed
+    calibration: int = 32  # drawn histories, of a model of random weights: half fit the scales, half judge them
+    evaluation: int = 32  # drawn histories that its engines are gated on: each runs through eager PyTorch
+    engines: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "fp32-onnxruntime")  # as far as the bundle has them
+    padded: tuple[str, ...] = ("fp32",)  # engines built a second time with padding, for batches that are not full
+    left_out: str = ""  # what is not measured, and why
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,27 +52,30 @@ class Cell:
     length: int
     occupancy: float
     thread_mode: ThreadMode
+    new_events: int = 0  # of a returning user; 0 for every other entry
 
     def __str__(self) -> str:
         threads = "one thread" if self.thread_mode == "one" else "all threads"
-        return f"{self.case} {self.entry} B={self.batch} L={self.length} {self.occupancy:.0%} {threads}"
+        new = f" {self.new_events} new" if self.new_events else ""
+        return f"{self.case} {self.entry}{new} B={self.batch} L={self.length} {self.occupancy:.0%} {threads}"
 
 
-def _plain(**shape: int) -> HSTUConfig:
+def _ranking(**shape: int) -> HSTUConfig:
     """Meta's research model of a shape, with task heads so that it can rank."""
     return HSTUConfig(tasks=TASKS, head_dim=128, **shape)  # type: ignore[arg-type]
 
 
-def _reference(length: int, batches: tuple[int, ...], check_users: int) -> Case:
+def _reference(length: int, **changes: Any) -> Case:
+    """Meta's research model at its largest, as it is: no task heads, so it does not rank."""
     return Case(
         name=f"reference-{length}",
         summary=f"d=1024, 12 layers, 16 heads, 50 000 items, L={length}, random weights",
-        config=_plain(
+        config=HSTUConfig(
             num_items=50_000, embedding_dim=1024, num_layers=12, num_heads=16, qk_dim=64, v_dim=64, max_history=length
         ),
         entries=("retrieve", "extend"),
-        batches=batches,
-        check_users=check_users,
+        engines=("fp32", "bf16", "int8"),
+        **changes,
     )
 
 
@@ -79,19 +89,40 @@ CASES: tuple[Case, ...] = (
     Case(
         name="small",
         summary="d=256, 4 layers, 4 heads, 10 000 items, L=200, random weights",
-        config=_plain(
+        config=_ranking(
             num_items=10_000, embedding_dim=256, num_layers=4, num_heads=4, qk_dim=64, v_dim=64, max_history=200
         ),
         entries=("retrieve", "rank", "extend"),
     ),
-    _reference(512, (1, 8, 32), check_users=8),
-    _reference(2048, (1, 8), check_users=2),
+    _reference(
+        512,
+        batches=(1, 8, 32),
+        occupancies=(1.0, 0.57, 0.5),
+        check_users=8,
+        calibration=16,
+        evaluation=8,
+        left_out=PORTABLE,
+    ),
+    _reference(
+        2048,
+        batches=(1,),
+        check_users=2,
+        calibration=4,
+        evaluation=2,
+        left_out="Batches of 8 and 32: eager PyTorch and the plain export hold several copies of the scores at once, "
+        "2 GiB each at batch 8, more than 24 GiB for all runtimes together. The portable engines, as in reference-512.",
+    ),
     Case(
         name="ml-20m-large",
         summary="d=256, 16 layers, 8 heads, 131 262 items, L=200, random weights",
-        config=_plain(
+        config=_ranking(
             num_items=131_262, embedding_dim=256, num_layers=16, num_heads=8, qk_dim=32, v_dim=32, max_history=200
         ),
+        check_users=8,
+        calibration=16,
+        evaluation=16,
+        engines=("fp32", "bf16", "int8"),
+        left_out=PORTABLE,
     ),
 )
 
@@ -119,14 +150,16 @@ def cells(case: Case, config: HSTUConfig, entries: Collection[str], mode: Thread
             and (occupancy == 1.0 or padded)
             and (mode == "all" or (batch == 1 and entry != "generate"))
         ):
-            found.append(
-                Cell(
-                    case=case.name,
-                    entry=entry,
-                    batch=batch,
-                    length=config.max_history,
-                    occupancy=occupancy,
-                    thread_mode=mode,
+            for new_events in case.new_events if entry == "extend" else (0,):
+                found.append(
+                    Cell(
+                        case=case.name,
+                        entry=entry,
+                        batch=batch,
+                        length=config.max_history,
+                        occupancy=occupancy,
+                        thread_mode=mode,
+                        new_events=new_events,
+                    )
                 )
-            )
     return found

@@ -1,4 +1,4 @@
-"""How much work an answer is, and how fast this machine multiplies matrices: the roof over every engine."""
+"""How much work and memory an answer is at least: the floor that every runtime stands on."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from collections.abc import Sequence
 
 from hstu.config import HSTUConfig
 
-GEMM_SECONDS = 0.12  # per matrix size, and
-GEMM_TIMES = 8  # at least, of which the fastest counts
-INT8 = "int8"
-
 
 def answer_flops(config: HSTUConfig, lengths: Sequence[int], *, entry: str, candidates: int) -> float:
-    """Floating-point operations that a batch needs at least: no padding, causal half of the attention.
+    """Floating-point operations that a batch needs at least: THE definition of every share of the ceiling.
 
-    For `retrieve` the last layer computes keys and values of every event but queries, gate and output of the
-    last one only. A multiply-add counts two. Element-wise work is not counted.
+    No padding, the causal half of the attention, and of the last layer what the answer depends on. With n events,
+    width D, P = 2H(dqk + dv) columns of the fused projection, A = H(dqk + dv) and V = H·dv, a multiply-add counting
+    two, element-wise work nothing:
+
+        full layer     2nDP  +  n(n + 1)A  +  2nVD            projection, attention, output
+        last layer     2nDA  +  2DA  +  2nA  +  2VD           k and v of all events; q, u, attention, output of one
+        retrieve       (layers - 1) full + last + 2D·items
+        rank           (layers - 1) full + 2nDA, and for every candidate
+                       layers · (2DP + 2(n + 1)A + 2VD) + 2·head_dim·(D + tasks)
     """
     d, h = config.embedding_dim, config.num_heads
     qk, hv = h * config.qk_dim, h * config.v_dim
@@ -36,37 +39,16 @@ def answer_flops(config: HSTUConfig, lengths: Sequence[int], *, entry: str, cand
     return total
 
 
-def gemm_gflops(config: HSTUConfig, rows: int, precision: str) -> float | None:
-    """The best rate of this model's two matrix products in PyTorch (oneDNN, MKL) at `rows` rows, in GFLOP/s.
+def least_memory_mib(config: HSTUConfig, weights_bytes: int, *, batch: int, length: int) -> float:
+    """MiB that an answer of `retrieve` needs in fp32: the weights once and the activations of one layer.
 
-    None for a precision whose product PyTorch has no fast form of on a CPU.
+    Activations, of 4 bytes each: for every one of batch · length positions the state before and after (2D), the
+    fused projection (u, v, q and k of all heads) and the gated attention (H·dv); for every user a score per item.
+    Scores of attention are not held: they can be used as they are made.
     """
-    import torch
-
-    # fp16 is left out: CPUs without AVX512-FP16 emulate it at a hundredth of their fp32 rate
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, INT8: torch.int8}
-    if precision not in dtypes:
-        return None
-    best = 0.0
-    shapes = ((config.embedding_dim, config.uvqk_dim), (config.num_heads * config.v_dim, config.embedding_dim))
-    for inner, columns in shapes:
-        if precision == INT8:
-            left = torch.randint(-127, 128, (rows, inner), dtype=torch.int8)
-            right = torch.randint(-127, 128, (inner, columns), dtype=torch.int8)
-            multiply = torch._int_mm
-        else:
-            left = torch.randn(rows, inner).to(dtypes[precision])
-            right = torch.randn(inner, columns).to(dtypes[precision])
-            multiply = torch.mm
-        multiply(left, right)
-        fastest, started, done = float("inf"), time.perf_counter(), 0
-        while done < GEMM_TIMES or time.perf_counter() - started < GEMM_SECONDS:
-            done += 1
-            before = time.perf_counter()
-            multiply(left, right)
-            fastest = min(fastest, time.perf_counter() - before)
-        best = max(best, 2.0 * rows * inner * columns / fastest / 1e9)
-    return best
+    positions = 2 * config.embedding_dim + config.uvqk_dim + config.num_heads * config.v_dim
+    activations = 4 * (batch * length * positions + batch * config.num_items)
+    return (weights_bytes + activations) / 2**20
 
 
 def calibration_ms() -> float:

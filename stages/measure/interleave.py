@@ -13,9 +13,8 @@ from hstu.config import HSTUConfig
 from stages.measure.cases import Case, Cell
 from stages.measure.ceiling import answer_flops
 from stages.measure.check import Check, check_answers
+from stages.measure.contestants import Compiling, Contestant
 from stages.measure.requests import Request, draw_request
-from stages.measure.runtimes import EAGER, Contestant
-from stages.measure.statistics import latency_ms, median_with_interval, significant
 from stages.measure.worker import Worker, WorkerError
 
 TURN_SECONDS = 0.03  # a runtime answers about this long before the next has its turn
@@ -30,18 +29,17 @@ class Effort:
     min_rounds: int
     max_rounds: int
     first_answer_s: float  # how long a runtime may take for its first answer (torch.compile compiles then)
-    compile_batches: tuple[int, ...]  # batch sizes at which torch.compile takes part: each new one compiles again
+    compiling: Compiling
 
 
 @dataclass(kw_only=True, slots=True)
 class Measurement:
-    """What one runtime showed on one cell; not timed when its answers were wrong."""
+    """What one runtime showed on one cell; not timed when its answers were wrong, but for one peer."""
 
     contestant: Contestant
     check: Check
     seconds: list[float] = field(default_factory=list)
-    ratios: list[float] = field(default_factory=list)  # eager's median of a round over this runtime's
-    flops: float = 0.0  # of all timed requests together
+    medians: list[float] = field(default_factory=list)  # of the requests of each round
     waited_s: float = 0.0  # for a core, while other work had it
     peak_mib: float = 0.0
 
@@ -50,69 +48,53 @@ class Measurement:
         """Time that threads waited for a core, over the time of all requests; 0 on a machine that does nothing else."""
         return self.waited_s / sum(self.seconds) if self.seconds else 0.0
 
-    def row(
-        self, cell: Cell, threads: int, baseline_mib: float, ceiling_gflops: float | None, eager: Measurement
-    ) -> dict[str, Any]:
-        """The result as benchmark.json holds it; `core_wait_share` is this runtime's or eager's, the larger."""
-        row: dict[str, Any] = {
-            "case": cell.case,
-            "entry": cell.entry,
-            "runtime": self.contestant.runtime,
-            "backend": self.contestant.backend,
-            "precision": self.contestant.precision,
-            "batch": cell.batch,
-            "length": cell.length,
-            "occupancy": cell.occupancy,
-            "thread_mode": cell.thread_mode,
-            "threads": threads,
-            "correct": self.check.correct,
-            "max_abs_error": significant(self.check.max_abs_error, 3),
-            "top10_overlap": None if self.check.top10_overlap is None else significant(self.check.top10_overlap),
-            "latency_ms": None,
-            "throughput_rps": None,
-            "peak_memory_mib": None,
-            "library_memory_mib": None,
-            "ratio_to_eager": None,
-            "ratio_ci95": None,
-            "share_of_ceiling": None,
-            "core_wait_share": None,
-            "rounds": len(self.ratios),
-            "requests": len(self.seconds),
-        }
-        if self.seconds:
-            ratio, interval = median_with_interval(self.ratios)
-            row |= {
-                "latency_ms": latency_ms(self.seconds),
-                "throughput_rps": significant(cell.batch * len(self.seconds) / sum(self.seconds)),
-                "peak_memory_mib": round(self.peak_mib, 1),
-                "library_memory_mib": round(baseline_mib, 1),
-                "ratio_to_eager": ratio,
-                "ratio_ci95": list(interval),
-                "core_wait_share": round(max(self.wait_share, eager.wait_share), 3),
-            }
-            if self.flops and ceiling_gflops:
-                row["share_of_ceiling"] = significant(self.flops / sum(self.seconds) / 1e9 / ceiling_gflops, 3)
-        return row
+    def ratios(self, other: Measurement) -> list[float]:
+        """How many times as long the other took, round by round: both had the same requests."""
+        return [theirs / ours for theirs, ours in zip(other.medians, self.medians, strict=True)]
+
+
+@dataclass(kw_only=True, slots=True)
+class Found:
+    """All of one cell: eager PyTorch's measurement first, the peers that broke down, and the matrix products.
+
+    `flops` is the least work of one request, on average; `gflops` has the rate of every precision, round by round.
+    """
+
+    cell: Cell
+    measurements: list[Measurement]
+    broken: dict[Contestant, WorkerError] = field(default_factory=dict)
+    flops: float = 0.0
+    gflops: dict[str, list[float]] = field(default_factory=dict)
+    products: dict[str, str] = field(default_factory=dict)
 
 
 def measure_cell(
-    workers: Sequence[Worker], config: HSTUConfig, case: Case, cell: Cell, effort: Effort, rng: np.random.Generator
-) -> tuple[list[Measurement], dict[Contestant, WorkerError]]:
-    """The measurement of every runtime on one cell, eager PyTorch's first, and the peers that broke down on it.
+    workers: Sequence[Worker],
+    roof: Worker | None,
+    config: HSTUConfig,
+    case: Case,
+    cell: Cell,
+    effort: Effort,
+    rng: np.random.Generator,
+) -> Found:
+    """The measurement of every runtime on one cell, and in the same rounds that of the matrix products (`roof`).
 
     The first worker is eager PyTorch. A peer (torch.compile, vLLM) that breaks down is left out and named; any
     other runtime's failure is raised.
     """
-    requests = [
-        draw_request(config, cell, rng, candidates=case.candidates)
-        for _ in range(max(1, case.check_users // cell.batch))
-    ]
+    count = max(2, case.check_users // cell.batch)  # the first request compiles and packs, so the second warms up
+    requests = [draw_request(config, cell, rng, candidates=case.candidates) for _ in range(count)]
     checks, broken = _check(workers, cell, requests, effort)
-    timed = [worker for worker in workers if worker.contestant in checks and checks[worker.contestant].correct]
-    found = {c: Measurement(contestant=c, check=check) for c, check in checks.items()}
+    found = Found(cell=cell, measurements=[Measurement(contestant=c, check=k) for c, k in checks.items()])
+    found.broken = broken
+    timed = [
+        worker
+        for worker in workers
+        if worker.contestant in checks and (checks[worker.contestant].correct or worker.contestant.timed_though_wrong)
+    ]
     if workers[0] in timed:
-        _time(timed, found, config, case, cell, effort, rng)
-    return list(found.values()), broken
+        _time(timed, roof, found, config, case, effort, rng)
+    return found
 
 
 def _check(
@@ -128,6 +110,8 @@ def _check(
             for request in requests:
                 worker.send("answer", cell.entry, request)
                 answers.append(worker.receive(timeout_s=effort.first_answer_s))
+                if len(answers) == 1:
+                    worker.call("settle")
         except WorkerError as error:
             if not worker.contestant.optional:
                 raise
@@ -148,41 +132,42 @@ def _check(
 
 def _time(
     workers: Sequence[Worker],
-    found: Mapping[Contestant, Measurement],
+    roof: Worker | None,
+    found: Found,
     config: HSTUConfig,
     case: Case,
-    cell: Cell,
     effort: Effort,
     rng: np.random.Generator,
 ) -> None:
+    cell = found.cell
+
     def draw(count: int) -> list[Request]:
         return [draw_request(config, cell, rng, candidates=case.candidates) for _ in range(count)]
 
     once = float(workers[0].call("time", cell.entry, draw(1), wake=True)[0][0])
     per_turn = int(np.clip(TURN_SECONDS / once, 1, MAX_PER_TURN))
-    for worker in workers:
-        worker.call("reset_peak")
+    by_contestant = {measurement.contestant: measurement for measurement in found.measurements}
+    flops: list[float] = []
     started = time.perf_counter()
     for done in range(effort.max_rounds):
         if done >= effort.min_rounds and time.perf_counter() - started > effort.cell_seconds:
             break
         requests = draw(per_turn)
-        flops = 0.0
         if cell.entry in ("retrieve", "rank"):
-            flops = sum(
+            flops += [
                 answer_flops(config, r.histories.lengths.tolist(), entry=cell.entry, candidates=case.candidates)
                 for r in requests
-            )
-        eager_median = 0.0
+            ]
         for worker in workers:
             seconds, waited = worker.call("time", cell.entry, requests, wake=once < TURN_SECONDS)
-            median = float(np.median(seconds))
-            if worker.contestant.runtime == EAGER:
-                eager_median = median
-            measurement = found[worker.contestant]
+            measurement = by_contestant[worker.contestant]
             measurement.seconds += seconds
-            measurement.ratios.append(eager_median / median)
-            measurement.flops += flops
+            measurement.medians.append(float(np.median(seconds)))
             measurement.waited_s += waited
+        if roof is not None:
+            rates, found.products = roof.call("gflops")
+            for precision, rate in rates.items():
+                found.gflops.setdefault(precision, []).append(rate)
+    found.flops = float(np.mean(flops)) if flops else 0.0
     for worker in workers:
-        found[worker.contestant].peak_mib = worker.call("peak_mib")
+        by_contestant[worker.contestant].peak_mib = worker.call("peak_mib")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import threading
 import time
@@ -25,6 +26,11 @@ def peak_mib() -> float:
 def reset_peak() -> None:
     """From now on `peak_mib` counts anew (Linux: writing 5 to clear_refs resets the high-water mark)."""
     CLEAR_REFS.write_text("5")
+
+
+def give_back_memory() -> None:
+    """Memory that was freed is the system's again, though the allocator is told to keep it (glibc's malloc_trim)."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def core_wait_s() -> float:

@@ -19,6 +19,7 @@ class Request:
 
     histories: Histories
     feeds: dict[str, Array]
+    new_events: int = 0  # since the visit before, of a returning user
 
 
 def draw_request(config: HSTUConfig, cell: Cell, rng: np.random.Generator, *, candidates: int) -> Request:
@@ -32,7 +33,7 @@ def draw_request(config: HSTUConfig, cell: Cell, rng: np.random.Generator, *, ca
     feeds: dict[str, Array] = dict(histories.feeds(config, length=cell.length))
     if cell.entry == "rank":
         feeds["candidate_ids"] = rng.integers(1, config.num_items + 1, size=(cell.batch, candidates))
-    return Request(histories=histories, feeds=feeds)
+    return Request(histories=histories, feeds=feeds, new_events=cell.new_events)
 
 
 def draw_lengths(batch: int, length: int, occupancy: float, rng: np.random.Generator) -> Array:

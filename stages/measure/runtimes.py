@@ -1,79 +1,28 @@
-"""What is measured against what: each runtime answers the same requests; each runs in a process of its own."""
+"""The runtimes that are measured, opened: each answers the same requests; each runs in a process of its own."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hstu.config import HSTUConfig
 from hstu.data.histories import Histories
 from hstu.errors import InputError
 from hstu.signature import EntryName
-from serving.engine import BACKENDS, Array, open_engine, read_spec
+from serving.engine import BACKENDS, Array, open_engine
 from serving.user_state import Origin, StatefulEngine, UserState, extend, start
-from stages.measure.cases import SLATE, BenchmarkEntry, Cell
+from stages.measure.cases import SLATE, BenchmarkEntry
+from stages.measure.contestants import GEMM, PADDED, Contestant
+from stages.measure.gemm import Roof
 from stages.measure.requests import Request
 from stages.returning import part, seen_before
 
 if TYPE_CHECKING:
     from hstu.model import History
-
-RuntimeName = Literal["torch-eager", "torch-compile", "onnx-plain", "engine", "vllm"]
-EAGER: RuntimeName = "torch-eager"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelFiles:
-    """Where the forms of one model stand: checkpoint folder, plain export, engines by name, bundle for vLLM."""
-
-    checkpoint: Path
-    onnx: Path
-    engines: Mapping[str, Path]
-    bundle: Path | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Contestant:
-    """One runtime of one model, before it is opened. `folder` holds what it loads."""
-
-    runtime: RuntimeName
-    backend: str
-    precision: str
-    folder: Path
-    checkpoint: Path
-
-    def __str__(self) -> str:
-        return f"{self.runtime} {self.backend} {self.precision}" if self.runtime == "engine" else self.runtime
-
-    @property
-    def optional(self) -> bool:
-        """A peer that may be unable to run here (no compiler, no vLLM): said and left out, not an error."""
-        return self.runtime in ("torch-compile", "vllm")
-
-    def entries(self, config: HSTUConfig) -> tuple[BenchmarkEntry, ...]:
-        """The entries that this runtime is measured on."""
-        compiled: tuple[BenchmarkEntry, ...] = ("retrieve", "rank") if config.tasks else ("retrieve",)
-        if self.runtime == EAGER:
-            return (*compiled, "extend", "generate")
-        if self.runtime == "vllm":
-            return ("generate",)
-        return compiled if self.runtime == "torch-compile" else (*compiled, "extend")
-
-
-def takes_part(contestant: Contestant, config: HSTUConfig, cell: Cell, compile_batches: Sequence[int]) -> bool:
-    """Whether a runtime is measured on a cell: it has the entry, and torch.compile is worth its compilation.
-
-    That takes some 20 s of one core for an entry, a number of threads and the batch sizes 1 and above 1 each,
-    so torch.compile answers `retrieve` on all threads at `compile_batches`.
-    """
-    if cell.entry not in contestant.entries(config):
-        return False
-    worth = cell.entry == "retrieve" and cell.thread_mode == "all" and cell.batch in compile_batches
-    return contestant.runtime != "torch-compile" or worth
+    from serving.engines.openvino_plain import PlainOpenVinoEngine
 
 
 class Runtime(Protocol):
@@ -81,48 +30,6 @@ class Runtime(Protocol):
 
     def answer(self, entry: BenchmarkEntry, request: Request) -> Mapping[str, Array]:
         """The outputs of the entry (`hstu.signature`), of extend as of retrieve; of generate `slates` int64 [B, 10]."""
-
-
-def contestants(files: ModelFiles) -> list[Contestant]:
-    """Every runtime that can be measured on a model, eager PyTorch first; engines that were only built are left out."""
-    found = [
-        Contestant(
-            runtime=EAGER, backend="torch", precision="fp32", folder=files.checkpoint, checkpoint=files.checkpoint
-        ),
-        Contestant(
-            runtime="torch-compile",
-            backend="inductor",
-            precision="fp32",
-            folder=files.checkpoint,
-            checkpoint=files.checkpoint,
-        ),
-        Contestant(
-            runtime="onnx-plain",
-            backend="onnxruntime",
-            precision="fp32",
-            folder=files.onnx,
-            checkpoint=files.checkpoint,
-        ),
-    ]
-    for folder in files.engines.values():
-        spec = read_spec(folder)
-        if spec.executed:
-            found.append(
-                Contestant(
-                    runtime="engine",
-                    backend=spec.backend,
-                    precision=spec.precision,
-                    folder=folder,
-                    checkpoint=files.checkpoint,
-                )
-            )
-    if files.bundle is not None:
-        found.append(
-            Contestant(
-                runtime="vllm", backend="vllm", precision="fp32", folder=files.bundle, checkpoint=files.checkpoint
-            )
-        )
-    return found
 
 
 def prepare(contestant: Contestant, threads: int) -> None:
@@ -148,15 +55,20 @@ def prepare(contestant: Contestant, threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def open_runtime(contestant: Contestant, threads: int) -> Runtime:
+def open_runtime(contestant: Contestant, threads: int) -> Runtime | Roof:
     """The runtime, ready to answer on `threads` threads."""
+    if contestant.runtime == GEMM:
+        return Roof(HSTUConfig.from_pretrained(contestant.folder), threads)
     if contestant.runtime == "torch-eager":
-        return Eager(contestant.folder, threads)
+        eager = Eager if contestant.precision == "fp32" else EagerBfloat16
+        return eager(contestant.folder, threads)
     if contestant.runtime == "torch-compile":
         return Compiled(contestant.folder, threads)
     if contestant.runtime == "onnx-plain":
         return PlainOnnx(contestant.folder, threads)
-    if contestant.runtime == "engine":
+    if contestant.runtime == "openvino-plain":
+        return PlainOpenVino(contestant.folder, contestant.precision, threads)
+    if contestant.runtime in ("engine", PADDED):
         return CompiledEngine(contestant.folder, threads)
     return Vllm(contestant.folder)
 
@@ -206,6 +118,35 @@ class Eager:
         return float(shortfall.max())
 
 
+class EagerBfloat16:
+    """`hstu.model` with every weight in bfloat16, so that everything is computed in it."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import torch
+
+        from serving.engines.torch import open_torch_engine
+
+        self.engine = open_torch_engine(folder, threads=threads)
+        self.engine.model.to(torch.bfloat16)
+
+    def answer(self, entry: BenchmarkEntry, request: Request) -> Mapping[str, Array]:
+        import torch
+
+        from hstu.model import history_from_feeds
+
+        feeds = {name: torch.as_tensor(value) for name, value in request.feeds.items()}
+        history, model = history_from_feeds(feeds), self.engine.model
+        with torch.inference_mode():
+            if entry == "rank":
+                return {"task_scores": model.rank(history, feeds["candidate_ids"]).float().numpy()}
+            embedding, items, scores = model.retrieve(history)
+        return {
+            "user_embedding": embedding.float().numpy(),
+            "top_item_ids": items.numpy(),
+            "top_scores": scores.float().numpy(),
+        }
+
+
 class Compiled:
     """`hstu.model` under torch.compile (inductor, shapes dynamic, so that one compilation serves all lengths)."""
 
@@ -244,6 +185,25 @@ class PlainOnnx:
         return dict(zip(names, session.run(names, dict(request.feeds)), strict=True))
 
 
+class PlainOpenVino:
+    """The exporter's graph, untouched, on OpenVINO with the options our engines have."""
+
+    def __init__(self, folder: Path, precision: str, threads: int) -> None:
+        self.folder, self.precision, self.threads = folder, precision, threads
+        self.engine: PlainOpenVinoEngine | None = None
+
+    def answer(self, entry: BenchmarkEntry, request: Request) -> Mapping[str, Array]:
+        from serving.engines.openvino_plain import PlainOpenVinoEngine
+
+        name = _compiled_entry(entry)
+        if self.engine is None or self.engine.entries != (name,):
+            self.engine = None  # one model at a time
+            self.engine = PlainOpenVinoEngine(
+                self.folder, precision=self.precision, threads=self.threads, entries=(name,)
+            )
+        return self.engine.run(name, request.feeds)
+
+
 class CompiledEngine:
     """An engine folder, as `recommend` runs it."""
 
@@ -255,7 +215,7 @@ class CompiledEngine:
 
     def remember(self, request: Request) -> None:
         """The users of the request have been here before their newest events, and have states."""
-        seen = seen_before(request.histories)
+        seen = seen_before(request.histories, request.new_events)
         states, _ = start(self.stateful, part(request.histories, seen * 0, seen))
         self.visit = states, part(request.histories, seen, request.histories.lengths)
 

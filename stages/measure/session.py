@@ -1,32 +1,55 @@
-"""One case, all its cells: opens the runtimes, measures, closes them; the GEMM ceiling is measured around it."""
+"""One case, all its cells: opens the runtimes, measures, closes them; the matrix products take turns with them."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from hstu.config import HSTUConfig
 from stages.machine import num_cores
 from stages.measure.cases import BenchmarkEntry, Case, Cell, ThreadMode, cells
-from stages.measure.interleave import Effort, Measurement, measure_cell
-from stages.measure.runtimes import Contestant, takes_part
-from stages.measure.statistics import significant
+from stages.measure.contestants import EAGER, GEMM, Contestant, takes_part
+from stages.measure.interleave import Effort, Found, measure_cell
+from stages.measure.rows import result_rows
+from stages.measure.scaling import measure_scaling
 from stages.measure.worker import Worker, WorkerError
 
-CEILING_PRECISIONS = ("fp32", "bf16", "int8")
+Mode = ThreadMode | Literal["scaling"]
 GROUPS: tuple[tuple[BenchmarkEntry, ...], ...] = (
-    ("retrieve", "rank", "extend"),
+    ("retrieve", "rank"),
+    ("extend",),  # compiled when it is first asked for, so that what the others take is known without it
     ("generate",),
 )  # runtimes up at the same time
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What of a case is measured; empty: all of it."""
+
+    entries: tuple[str, ...] = ()
+    batches: tuple[int, ...] = ()
+    occupancies: tuple[float, ...] = ()
+    leave_out: tuple[str, ...] = ()  # runtimes, as their rows begin: "torch-compile", "engine onnxruntime fp16"
+
+    def wants(self, cell: Cell) -> bool:
+        """Whether a cell is measured."""
+        return all(
+            not wanted or value in wanted
+            for value, wanted in (
+                (cell.entry, self.entries),
+                (cell.batch, self.batches),
+                (cell.occupancy, self.occupancies),
+            )
+        )
+
+
 @dataclass(kw_only=True, slots=True)
 class Session:
-    """Measures one case; `rows`, `skipped` and `ceilings` are parts of benchmark.json and fill up meanwhile.
+    """Measures one case; `rows`, `scaling` and `skipped` are parts of benchmark.json and fill up meanwhile.
 
     The first contestant is eager PyTorch. `on_cell` hears of each finished cell. A peer that cannot run here
     (no compiler, no vLLM) goes to `skipped` with the reason; what any other runtime raises is raised.
@@ -37,66 +60,73 @@ class Session:
     contestants: Sequence[Contestant]
     effort: Effort
     seed: int
-    on_cell: Callable[[Cell, Sequence[Measurement]], None]
+    on_cell: Callable[[Found], None]
+    choice: Choice = Choice()
     rows: list[dict[str, Any]] = field(default_factory=list)
+    scaling: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
-    ceilings: dict[str, dict[str, float]] = field(default_factory=dict)  # thread mode → precision → GFLOP/s
     calibration_ms: list[float] = field(default_factory=list)
     _baselines_mib: dict[Contestant, float] = field(default_factory=dict)
 
-    def measure(self, mode: ThreadMode) -> None:
-        """Every cell on one thread or on all."""
+    def __post_init__(self) -> None:
+        left_out = [c for c in self.contestants[1:] if str(c) in self.choice.leave_out]
+        self.contestants = [c for c in self.contestants if c not in left_out]
+        self.skipped += [self._reason(c, "left out (benchmark.leave_out)") for c in left_out]
+
+    def measure(self, mode: Mode) -> None:
+        """Every cell on one thread or on all; or what all threads are worth, side by side."""
+        if mode == "scaling":
+            self._measure_scaling()
+            return
         for group in GROUPS:
-            contestants = [c for c in self.contestants if set(group) & set(c.entries(self.config))]
-            entries = {entry for c in contestants[1:] for entry in c.entries(self.config)} & set(group)
-            wanted = cells(self.case, self.config, entries, mode)
-            contestants = [c for c in contestants if any(self._takes_part(c, cell) for cell in wanted)]
+            entries = {entry for c in self.contestants[1:] for entry in c.entries(self.config)} & set(group)
+            wanted = [cell for cell in cells(self.case, self.config, entries, mode) if self.choice.wants(cell)]
+            contestants = [c for c in self.contestants if any(self._takes_part(c, cell) for cell in wanted)]
             if wanted:
-                with self._opened(contestants, threads=1 if mode == "one" else num_cores()) as workers:
-                    self._measure_group(workers, wanted, mode)
+                with self._opened(contestants, threads=_threads(mode)) as (workers, roof):
+                    self._measure_group(workers, roof, wanted, mode)
 
     def _takes_part(self, contestant: Contestant, cell: Cell) -> bool:
-        return takes_part(contestant, self.config, cell, self.effort.compile_batches)
+        return takes_part(contestant, self.config, cell, self.effort.compiling)
 
-    def _measure_group(self, workers: list[Worker], wanted: Sequence[Cell], mode: ThreadMode) -> None:
-        eager = workers[0]
+    def _measure_group(self, workers: list[Worker], roof: Worker, wanted: Sequence[Cell], mode: ThreadMode) -> None:
         rng = np.random.default_rng([self.seed, len(self.rows)])
-        self.calibration_ms.append(eager.call("calibration_ms"))
-        before = self._ceilings(eager)
-        measured = []
+        self.calibration_ms.append(roof.call("calibration_ms"))
+        weights_bytes = (self.contestants[0].checkpoint / "model.safetensors").stat().st_size
         for cell in wanted:
             able = [worker for worker in workers if self._takes_part(worker.contestant, cell)]
-            found, broken = measure_cell(able, self.config, self.case, cell, self.effort, rng)
-            for worker in [worker for worker in workers if worker.contestant in broken]:
-                self._skip(worker, broken[worker.contestant])
+            found = measure_cell(able, roof, self.config, self.case, cell, self.effort, rng)
+            for worker in [worker for worker in workers if worker.contestant in found.broken]:
+                self._skip(worker, found.broken[worker.contestant])
                 workers.remove(worker)
-            measured += [(cell, found[0], item) for item in found]
-            self.on_cell(cell, found)
-        after = self._ceilings(eager)
-        ceilings = {name: significant((before[name] + after[name]) / 2) for name in before}
-        self.ceilings.setdefault(mode, ceilings)
-        for cell, reference, item in measured:
-            contestant = item.contestant
-            self.rows.append(
-                item.row(
-                    cell,
-                    threads=1 if mode == "one" else num_cores(),
-                    baseline_mib=self._baselines_mib[contestant],
-                    ceiling_gflops=ceilings.get(contestant.precision),
-                    eager=reference,
-                )
+            self.on_cell(found)
+            self.rows += result_rows(
+                found,
+                self.config,
+                threads=_threads(mode),
+                weights_bytes=weights_bytes,
+                baselines_mib=self._baselines_mib,
             )
 
-    def _ceilings(self, eager: Worker) -> dict[str, float]:
-        rows = max(512, self.config.max_history)
-        return {p: eager.call("gemm_gflops", self.config, rows, p) for p in CEILING_PRECISIONS}
+    def _measure_scaling(self) -> None:
+        (cell, *_) = cells(self.case, self.config, ("retrieve",), "one")
+        if num_cores() == 1 or not self.choice.wants(cell):
+            return
+        able = [c for c in self.contestants if c.runtime == "engine" or (c.runtime == EAGER and c.precision == "fp32")]
+        rng = np.random.default_rng([self.seed, len(self.scaling)])
+        with self._opened(able, threads=1) as (one, roof), self._opened(able, threads=num_cores()) as (all_, _):
+            self.calibration_ms.append(roof.call("calibration_ms"))
+            pairs = list(zip(one, all_, strict=True))
+            self.scaling += measure_scaling(pairs, self.config, self.case, cell, self.effort, rng, threads=num_cores())
 
     @contextlib.contextmanager
-    def _opened(self, contestants: Sequence[Contestant], threads: int) -> Iterator[list[Worker]]:
-        """Workers of all contestants that can run here, loaded at the same time."""
+    def _opened(self, contestants: Sequence[Contestant], threads: int) -> Iterator[tuple[list[Worker], Worker]]:
+        """Workers of all contestants that can run here, and one for the matrix products, loaded at the same time."""
+        checkpoint = self.contestants[0].checkpoint
+        products = Contestant(runtime=GEMM, backend="any", precision="any", folder=checkpoint, checkpoint=checkpoint)
         with contextlib.ExitStack() as stack:
             workers = []
-            for contestant in contestants:
+            for contestant in [products, *contestants]:
                 workers.append(Worker(contestant, threads=threads))
                 stack.callback(workers[-1].close)
             ready = []
@@ -108,17 +138,23 @@ class Session:
                 else:
                     self._baselines_mib[worker.contestant] = opened["baseline_mib"]
                     ready.append(worker)
-            yield ready
+            yield ready[1:], ready[0]
 
     def _skip(self, worker: Worker, error: WorkerError) -> None:
         if not worker.contestant.optional:
             raise error
         worker.close()
-        self.skipped.append(
-            {
-                "case": self.case.name,
-                "runtime": worker.contestant.runtime,
-                "precision": worker.contestant.precision,
-                "reason": str(error),
-            }
-        )
+        self.skipped.append(self._reason(worker.contestant, str(error)))
+
+    def _reason(self, contestant: Contestant, reason: str) -> dict[str, str]:
+        return {
+            "case": self.case.name,
+            "runtime": contestant.runtime,
+            "backend": contestant.backend,
+            "precision": contestant.precision,
+            "reason": reason,
+        }
+
+
+def _threads(mode: ThreadMode) -> int:
+    return 1 if mode == "one" else num_cores()

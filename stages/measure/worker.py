@@ -1,5 +1,9 @@
 """One runtime in one process: it shares no thread pool and no memory with the others, so both can be measured.
 
+All of them keep memory that they have freed (ENVIRONMENT). As glibc is set up otherwise it gives every large tensor
+back at once, and the next one is cleared page by page again: that doubles eager PyTorch's time on long histories and
+lets it vary by a tenth from process to process, and a ratio to it would measure that.
+
 The parent sends pickled calls over a socket and waits; a worker that nobody calls sleeps. When the parent
 ends, however it ends, the socket closes and the worker with it. What a runtime writes goes to a log file.
 """
@@ -18,15 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import stages
-from hstu.config import HSTUConfig
 from hstu.errors import CompilerError, UsageError
 from serving.engine import Array
 from stages.measure import process
 from stages.measure.cases import BenchmarkEntry
+from stages.measure.contestants import Contestant
+from stages.measure.gemm import Roof
 from stages.measure.requests import Request
-from stages.measure.runtimes import CompiledEngine, Contestant, Eager, Runtime, open_runtime, prepare
+from stages.measure.runtimes import CompiledEngine, Eager, Runtime, open_runtime, prepare
 from stages.measure.statistics import significant
 
+ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 IDLE_SECONDS = 0.1  # a pool that spins longer than this after its work never sleeps at all
 LOG_TAIL = 1500  # characters of the log that go into an error message
 
@@ -49,7 +55,13 @@ class Worker:
             stdout=self._log,
             stderr=self._log,
             pass_fds=[theirs.fileno()],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            env={
+                **os.environ,
+                **ENVIRONMENT,
+                "OMP_NUM_THREADS": str(threads),
+                "OPENBLAS_NUM_THREADS": str(threads),
+                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            },
         )
         theirs.close()
         self._connection = Connection(ours.detach())
@@ -106,7 +118,7 @@ class Seat:
     """The worker's end: the methods that the parent may call."""
 
     def __init__(self) -> None:
-        self.runtime: Runtime
+        self.runtime: Runtime | Roof
         self.baseline_mib = 0.0
 
     def open(self, contestant: Contestant, threads: int) -> dict[str, float]:
@@ -119,7 +131,7 @@ class Seat:
 
     def answer(self, entry: BenchmarkEntry, request: Request) -> dict[str, Any]:
         """The outputs of one request."""
-        return dict(self.runtime.answer(entry, request))
+        return dict(self._model().answer(entry, request))
 
     def time(self, entry: BenchmarkEntry, requests: Sequence[Request], *, wake: bool) -> tuple[list[float], float]:
         """Seconds of each request, and those its threads waited for a core meanwhile, together.
@@ -127,15 +139,16 @@ class Seat:
         With `wake` the first request is answered once before, to bring back caches and threads. The turn ends
         when all threads sleep.
         """
+        runtime = self._model()
         if wake:
-            self.runtime.answer(entry, requests[0])
+            runtime.answer(entry, requests[0])
         seconds = []
         waited_before = process.core_wait_s()
         for request in requests:
-            if entry == "extend" and isinstance(self.runtime, CompiledEngine):
-                self.runtime.remember(request)  # the visit before
+            if entry == "extend" and isinstance(runtime, CompiledEngine):
+                runtime.remember(request)  # the visit before
             started = time.perf_counter()
-            self.runtime.answer(entry, request)
+            runtime.answer(entry, request)
             seconds.append(time.perf_counter() - started)
         waited = process.core_wait_s() - waited_before
         process.wait_until_idle(IDLE_SECONDS)
@@ -147,25 +160,32 @@ class Seat:
             raise UsageError("slates are judged by eager PyTorch alone")
         return self.runtime.slate_error(request, slates)
 
-    def reset_peak(self) -> None:
-        """Begin to look for the most memory anew."""
+    def settle(self) -> None:
+        """What loading and compiling left behind is given back, and the most memory is looked for anew."""
+        process.give_back_memory()
         process.reset_peak()
 
     def peak_mib(self) -> float:
-        """The most memory since `reset_peak`, less what the libraries took before the model was loaded."""
+        """The most memory since `settle`, less what the libraries took before the model was loaded."""
         return process.peak_mib() - self.baseline_mib
 
-    def gemm_gflops(self, config: HSTUConfig, rows: int, precision: str) -> float | None:
-        """See `stages.measure.ceiling`."""
-        from stages.measure.ceiling import gemm_gflops
-
-        return gemm_gflops(config, rows, precision)
+    def gflops(self) -> tuple[dict[str, float], dict[str, str]]:
+        """The rates of the fastest matrix products now, and which they are; see `stages.measure.gemm`."""
+        roof = self.runtime
+        if not isinstance(roof, Roof):
+            raise UsageError("matrix products are measured by a process of their own")
+        return roof.gflops(), roof.products()
 
     def calibration_ms(self) -> float:
         """See `stages.measure.ceiling`."""
         from stages.measure.ceiling import calibration_ms
 
         return calibration_ms()
+
+    def _model(self) -> Runtime:
+        if isinstance(self.runtime, Roof):
+            raise UsageError("matrix products answer no requests")
+        return self.runtime
 
 
 def serve(connection: Connection) -> None:
