@@ -188,13 +188,14 @@ def publish(artifact: Artifact, workspace: Workspace) -> None:
 
     Cells that were not measured this time stay, as long as they are of the same models and the same machine.
     """
-    from stages.report import write_plots, write_report_page
+    from stages.report import write_plots, write_report_page, write_summary
 
     current = json.loads(artifact.file(FILE).read_bytes())
     path = workspace.reports / FILE
     merged = merge(current, json.loads(path.read_bytes()) if path.is_file() else None)
     write_report(path, merged)
     write_plots(merged, workspace.reports)
+    write_summary(merged, workspace.reports)
     write_report_page(workspace)
     wrong = [row for row in merged["results"] if not row["correct"] and row["runtime"] not in PEERS]
     if wrong:

@@ -13,11 +13,13 @@ from stages import report_sections as sections
 from stages.caching.compare import html_table
 from stages.contract import Workspace
 from stages.report_evidence import Evidence, gather
+from stages.report_markdown import markdown
 from stages.report_speed import speed
 from stages.report_style import STYLE
 
 PAGE = "report.html"
 PLOTS = "plots"
+SUMMARY = "summary.md"
 
 
 def write_report_page(workspace: Workspace) -> Path:
@@ -57,6 +59,13 @@ def page(evidence: Evidence) -> str:
         f"{escape(evidence.description['default_engine'])}</div>\n{sections.verdict(evidence)}\n"
         f"<nav>{links}</nav>\n{body}\n</main>\n</body>\n</html>\n"
     )
+
+
+def write_summary(benchmark: Mapping[str, Any], reports: Path) -> None:
+    """`reports/summary.md` has the tables of the benchmark as Markdown."""
+    staged = reports / f".{SUMMARY}.tmp"
+    staged.write_text(markdown(benchmark))
+    staged.replace(reports / SUMMARY)
 
 
 def write_plots(benchmark: Mapping[str, Any], reports: Path) -> None:

@@ -11,7 +11,8 @@ from stages.charts import Bar, bar_chart, table
 from stages.gate_checks import is_disturbed
 from stages.measure.contestants import PEERS
 from stages.report_evidence import Evidence
-from stages.report_speed import fastest, label, precision_order
+from stages.report_speed import fastest
+from stages.report_tables import label, precision_order
 
 
 def verdict(evidence: Evidence) -> str:

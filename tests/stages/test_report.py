@@ -16,6 +16,7 @@ from hstu.errors import InputError
 from stages.contract import Workspace
 from stages.report import PAGE, page, write_plots, write_report_page
 from stages.report_evidence import Evidence, gather
+from stages.report_markdown import markdown
 from tests.stages import benchmarks
 from tests.stages.bundles import copy, rewrite, write_artifacts
 
@@ -114,6 +115,30 @@ def test_the_page_tells_what_was_measured(workspace: Workspace) -> None:
     assert "Test CPU 9000, 2 cores" in text
     for name in ("prepare-data", "checkpoint", "export-onnx", "build-engine-fp32"):
         assert name in text
+
+
+def test_the_summary_has_a_table_of_every_kind_that_was_measured(workspace: Workspace) -> None:
+    report = benchmarks.benchmark()
+    back = [
+        row | {"entry": "extend", "new_events": new, "ratio_to_plain": 21.5}
+        for row in report["results"]
+        for new in (1, 10)
+        if row["runtime"] == "engine" and row["thread_mode"] == "one"
+    ]
+    partly = [row | {"occupancy": 0.57, "ratio_to_padded": 1.55} for row in report["results"] if row["batch"] == 8]
+    peer = benchmarks.row("openvino-plain", "openvino", "fp32", 1.7, 1, "one") | {"correct": False}
+    text = markdown(report | {"results": [*report["results"], *back, *partly, peer]})
+    lines = {line.partition(" |")[0] for line in text.splitlines()}
+    assert {"| one user, one thread", "| returning user, one thread", "| batches, all threads"} <= lines
+    assert "| onnxruntime fp32 | 5.556 | 1.80× | 1.38× | 50% | 1.85× | 100 | 1.15× |" in text
+    assert "| onnxruntime int8 | 10 | 50 | 2.857 | 3.50× | 21.50× |" in text
+    assert text.index("| 10 | 50 |") < text.index("| 1 | 50 |")
+    assert "| 57% |" in text
+    assert "1.55× |" in text
+    assert "| openvino-plain † |" in text
+    assert "fp32 100 (OpenVINO 512x64x256)" in text
+    widths = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+    assert set(widths) == {9, 7}
 
 
 def test_artifacts_stand_in_the_order_in_which_they_were_made(workspace: Workspace) -> None:
