@@ -321,6 +321,25 @@ ElsewhereOption = Annotated[
 RootOption = Annotated[Path, typer.Option("--root", metavar="DIR", help="Where bundles are installed.")]
 
 
+@command("conformance", panel="TensorRT")
+def conformance(
+    settings: Settings,
+    model: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Models to build (default: all).")] = None,
+    precision: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Precisions (default: all four).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep rows of this version that are there.")] = False,
+) -> None:
+    """Build every graph with TensorRT-RTX, without a GPU; write conformance.json."""
+    from stages import conformance as matrix
+
+    rows = matrix.run_conformance(
+        settings.workspace(),
+        model or [matrix.TRAINED, *matrix.MODELS],
+        precision or [*matrix.PRECISIONS],
+        resume=resume,
+    )
+    settings.show([dataclasses.asdict(row) for row in rows], matrix.table_text(rows))
+
+
 @command("verify")
 def verify(
     settings: Settings,

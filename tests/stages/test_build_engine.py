@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,12 @@ LIMITS: dict[str, dict[str, float]] = {
 
 def params(precision: str, **changes: Any) -> BuildEngineParams:
     return replace(PARAMS, precision=precision, **{**LIMITS[precision], **changes})
+
+
+def may_order_threads() -> bool:
+    """Whether this machine lets a process choose the order of its threads (CAP_SYS_NICE)."""
+    code = "import os; os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
 def make(folder: Path, chosen: BuildEngineParams, inputs: dict[str, Artifact]) -> tuple[Artifact, Outcome]:
@@ -268,8 +276,8 @@ def test_tensorrt_rtx_builds_every_precision(precision: str, inputs: dict[str, A
 
 
 def test_tensorrt_rtx_builds_are_the_same_bytes(inputs: dict[str, Artifact], tmp_path: Path) -> None:
-    settings = BuildSettings(tf32=False, optimization_level=3, workspace_mib=1024)
-    for name in entry_names(TINY):
+    settings = BuildSettings(profiles=("all",))
+    for name in ("rank", "extend"):
         engines = set()
         for folder in ("one", "another/one"):  # where it is built does not matter
             path = tmp_path / folder
@@ -278,8 +286,9 @@ def test_tensorrt_rtx_builds_are_the_same_bytes(inputs: dict[str, Artifact], tmp
                 shutil.copyfile(inputs["surgery"].file(file), path / file)
             build(TENSORRT_RTX, path / f"{name}.onnx", path / "engine.rtx", TINY, name, settings)  # type: ignore[arg-type]
             engines.add((path / "engine.rtx").read_bytes())
-        # Threads of the builder's own may change a few dozen bytes of a graph, and then do so rarely.
-        assert len(engines) == 1 or sum(a != b for a, b in zip(*engines, strict=True)) < 100
+        # Where threads may not be put in order, they change a few dozen bytes of some graphs.
+        few = not may_order_threads()
+        assert len(engines) == 1 or (few and sum(a != b for a, b in zip(*engines, strict=True)) < 100)
 
 
 def test_rejections_carry_nvidias_reason(inputs: dict[str, Artifact], tmp_path: Path) -> None:
