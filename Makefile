@@ -2,7 +2,7 @@
 # GPU=1 takes the GPU environment (locks/gpu.txt) and the backends that go with it.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: run test test-slow environment lint types lock docs clean help
+.PHONY: run test test-slow gpu-check environment lint types lock docs clean help
 
 VENV    := $(CURDIR)/.venv
 PYTHON  ?= python3
@@ -31,6 +31,10 @@ lint: environment
 
 types: environment
 	mypy
+
+gpu-check: ## on a machine with an NVIDIA GPU: build, run, compare and time every engine; reports/gpu/<gpu>.json
+	$(MAKE) environment GPU=1
+	python cli.py gpu-check $(GPU_CHECK_FLAGS)
 
 environment: $(STAMP)
 

@@ -237,6 +237,9 @@ def recommend(
     temperature: Annotated[float, typer.Option(help="Of --slate sample and beam.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of --slate sample.")] = 0,
     exclude_history: Annotated[bool, typer.Option("--exclude-history", help="No item of the user's own.")] = False,
+    rebuild: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Rebuild an engine of another GPU or version below DIR, once.")
+    ] = None,
 ) -> None:
     """Answer requests: JSON lines in, JSON lines out, in the same order."""
     from serving.bundle import open_bundle
@@ -255,7 +258,14 @@ def recommend(
     with _lines(input_) as stream:
         requests = read_requests(stream, source="stdin" if input_ == "-" else input_)
     opened = open_bundle(bundle)
-    recommender = Recommender(opened, open_retriever(opened, runtime, engine=precision, threads=threads))
+    rebuilt = None
+    if rebuild is not None:
+        from stages.rebuild import rebuilt_if_needed
+
+        rebuilt = rebuilt_if_needed(opened.engine_folder(None), rebuild)
+    recommender = Recommender(
+        opened, open_retriever(opened, runtime, engine=precision, threads=threads, rebuilt=rebuilt)
+    )
     with compiling.progress("users", total=len(requests)) as advance_to:
         answers = recommender.recommend(
             requests,
@@ -338,6 +348,51 @@ def conformance(
         resume=resume,
     )
     settings.show([dataclasses.asdict(row) for row in rows], matrix.table_text(rows))
+
+
+@command("gpu-check", panel="TensorRT")
+def gpu_check(
+    settings: Settings,
+    bundle: Annotated[Path, typer.Option(help="The bundle whose golden answers count.")] = Path("artifacts/bundle"),
+    backend: Annotated[
+        Literal["tensorrt", "onnxruntime"], typer.Option(help="onnxruntime rehearses it without a GPU.")
+    ] = "tensorrt",
+    precision: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Precisions (default: all four).")] = None,
+) -> None:
+    """Build, run, compare and time every engine on this GPU; write reports/gpu/<gpu>.json."""
+    from stages import gpu_check as checking
+
+    report, path = checking.gpu_check(
+        settings.workspace(), bundle, backend=backend, precisions=precision or checking.PRECISIONS
+    )
+    settings.show(dataclasses.asdict(report), checking.render(report, path))
+    if not report.passed:
+        raise GateError("a step of gpu-check failed", got=str(path), fix="each step says what it needs")
+
+
+@command("preflight", panel="TensorRT")
+def preflight(
+    settings: Settings,
+    folder: Annotated[Path, typer.Argument(help="A folder of TensorRT engines, such as engines/fp16 in a bundle.")],
+) -> None:
+    """Compare what engines were built with and this machine; exit 3 or 4 with every difference."""
+    from serving.engine import read_spec
+    from serving.engines.tensorrt import preflight as compare
+
+    facts = compare(folder, read_spec(folder))
+    settings.show(dataclasses.asdict(facts), f"{facts.product} {facts.version}: these engines run here")
+
+
+@command("rebuild", panel="TensorRT")
+def rebuild(
+    settings: Settings,
+    folder: Annotated[Path, typer.Argument(help="A folder of TensorRT engines.")],
+    into: Annotated[Path, typer.Option(metavar="NEW", help="The folder to write; it must not be there.")],
+) -> None:
+    """Build engines again on this machine, from the ONNX files beside them."""
+    from stages.rebuild import rebuild as build_again
+
+    settings.show({"path": str(build_again(folder, into))}, str(into))
 
 
 @command("verify")

@@ -6,6 +6,8 @@ engines/<name>/                            compiled engines, one folder each (`s
 onnx/                                      the plain export, for comparison
 golden/                                    inputs and the eager fp32 answers to them
 examples.jsonl                             requests of held-out users, to try it with
+GPU.md gpu/                                what to run on a GPU machine, and golden inputs in polygraphy's form
+model_repository/                          for NVIDIA's Triton Inference Server
 lineage/                                   the manifests of everything this was made from
 runtime/ requirements.txt                  a wheel of this package and a kernel, to serve it with vLLM anywhere
 bundle.json                                engines, the default one

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,6 +13,7 @@ from hstu.errors import UsageError
 from hstu.signature import num_results
 from serving.bundle import Bundle
 from serving.engine import Array, Engine, check_feeds, open_engine
+from serving.engine_order import open_default
 from serving.requests import Request, encode_requests
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ class Retriever(Protocol):
 
     runtime: RuntimeName
     precision: str
+    fallback: Mapping[str, str] | None
 
     def retrieve(self, histories: Histories) -> tuple[Array, Array, Array]: ...
 
@@ -40,8 +43,9 @@ class SlateMaker(Protocol):
 class EngineRetriever:
     """Retrieval by an engine's `retrieve` entry; `runtime` says whether it is compiled or eager PyTorch."""
 
-    def __init__(self, engine: Engine, runtime: RuntimeName) -> None:
+    def __init__(self, engine: Engine, runtime: RuntimeName, *, fallback: Mapping[str, str] | None = None) -> None:
         self.engine, self.runtime, self.precision = engine, runtime, engine.precision
+        self.fallback = fallback  # what this engine stands in for, and why
 
     def retrieve(self, histories: Histories) -> tuple[Array, Array, Array]:
         feeds = histories.feeds(self.engine.config)
@@ -74,6 +78,7 @@ class VllmRetriever:
     """Retrieval and slates by vLLM's paged model: its user embedding against every item."""
 
     runtime: RuntimeName = "vllm"
+    fallback: Mapping[str, str] | None = None
 
     def __init__(self, bundle: Bundle) -> None:
         from serving.vllm_plugin.runtime import VllmRuntime
@@ -91,13 +96,25 @@ class VllmRetriever:
 
 
 def open_retriever(
-    bundle: Bundle, runtime: RuntimeName, *, engine: str | None = None, threads: int | None = None
+    bundle: Bundle,
+    runtime: RuntimeName,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    rebuilt: Path | None = None,
 ) -> Retriever:
-    """The runtime, loaded and ready; `engine` names one of the bundle's engines (default: the bundle's choice)."""
+    """The runtime, loaded and ready; `engine` names one of the bundle's engines.
+
+    By default it is the bundle's choice (or what was `rebuilt` of it), and where that cannot run, the next in
+    `serving.engine_order`; the retriever then says so in every answer.
+    """
     if engine is not None and runtime != "engine":
         raise UsageError("a precision can be chosen for the engine runtime only", got=f"{runtime} at {engine}")
     if runtime == "engine":
-        return EngineRetriever(open_engine(bundle.engine_folder(engine), threads=threads), "engine")
+        if engine is not None:
+            return EngineRetriever(open_engine(bundle.engine_folder(engine), threads=threads), "engine")
+        opened, fallback = open_default(bundle, threads=threads, rebuilt=rebuilt)
+        return EngineRetriever(opened, "torch" if opened.backend == "torch" else "engine", fallback=fallback)
     if runtime == "torch":
         from serving.engines.torch import open_torch_engine
 
@@ -168,6 +185,8 @@ class Recommender:
                 }
                 if slate is not None:
                     answer["slate"] = slate.method
+                if self.retriever.fallback is not None:
+                    answer["fallback"] = dict(self.retriever.fallback)
                 if embeddings and user_embedding is not None:
                     answer["embedding"] = [float(x) for x in user_embedding[place]]
                 answers[row] = answer

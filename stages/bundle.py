@@ -39,6 +39,8 @@ def run(params: BundleParams, inputs: Mapping[str, Artifact], folder: Path) -> O
     from serving.vllm_plugin.server import write_server_settings
     from serving.vllm_plugin.tokenizer import write_tokenizer
     from stages.golden import write_golden
+    from stages.gpu_kit.commands import write_commands
+    from stages.gpu_kit.model_repository import write_model_repository
 
     checkpoint = inputs["checkpoint"]
     for name in ("config.json", "model.safetensors", "vocabulary.json"):
@@ -58,6 +60,8 @@ def run(params: BundleParams, inputs: Mapping[str, Artifact], folder: Path) -> O
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(artifact.path / MANIFEST, target)
     write_golden(checkpoint, folder / "golden", num_histories=params.golden_histories)
+    write_commands(folder)
+    write_model_repository(folder)
     _write_examples(checkpoint, config, folder)
     details = json.loads(checkpoint.file("checkpoint.json").read_text())
     description = {
@@ -160,6 +164,8 @@ Serve with vLLM, from this folder, in any environment of Python 3.11 (ids are mo
 Check that these are the bytes that were built, and that every engine still gives the golden answers:
 
     python cli.py verify . --run
+
+GPU.md says what to run on a machine with an NVIDIA GPU; model_repository/ is for Triton Inference Server.
 """
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hstu.config import HSTUConfig
-from hstu.errors import ArtifactError, InputError
+from hstu.errors import ArtifactError, InputError, UsageError
 from hstu.signature import EntryName, entry, entry_names
 from serving.engine import Array, EngineSpec
 from serving.engines.tensorrt_entry import EntryOnDevice
@@ -110,6 +110,8 @@ def open_engine(folder: Path, spec: EngineSpec, *, threads: int | None = None) -
 
 def preflight(folder: Path, spec: EngineSpec) -> BuildFacts:
     """What the engines were built with; raises unless the library, its version, the GPU and every file are the same."""
+    if spec.backend not in MODULES:
+        raise UsageError(f"{folder}: engines of {spec.backend} are not tied to a GPU", expected=", ".join(MODULES))
     facts = read_facts(folder)
     require_same(facts, folder, version=installed_version(MODULES[spec.backend]), device=current_device())
     return facts

@@ -96,7 +96,7 @@ class EntryOnDevice:
             context.set_input_shape(name, tuple(tensor.shape))
             context.set_tensor_address(name, tensor.data_ptr())
         for spec in self._signature.outputs:
-            device_side, _ = buffers.reserve(spec.name, tuple(context.get_tensor_shape(spec.name)))
+            device_side, _ = buffers.reserve(spec.name, _shape(context, spec.name))
             context.set_tensor_address(spec.name, device_side.data_ptr())
         if not context.execute_async_v3(self._stream.cuda_stream):
             raise ArtifactError(
@@ -115,9 +115,7 @@ class EntryOnDevice:
         return inputs
 
     def _copy_out(self, context: trt.IExecutionContext, buffers: Buffers) -> dict[str, Array]:
-        pairs = {
-            o.name: buffers.reserve(o.name, tuple(context.get_tensor_shape(o.name))) for o in self._signature.outputs
-        }
+        pairs = {o.name: buffers.reserve(o.name, _shape(context, o.name)) for o in self._signature.outputs}
         for device_side, host_side in pairs.values():
             host_side.copy_(device_side, non_blocking=True)
         self._stream.synchronize()
@@ -174,3 +172,8 @@ class EntryOnDevice:
                 got=self._engine.num_optimization_profiles,
                 expected=len(self._profiles),
             )
+
+
+def _shape(context: trt.IExecutionContext, name: str) -> Shape:
+    dims = context.get_tensor_shape(name)
+    return tuple(dims[axis] for axis in range(len(dims)))

@@ -22,7 +22,7 @@ from hstu.config import HSTUConfig
 from hstu.errors import GateError, MissingBackendError
 from hstu.signature import EntryName, ProfileName, profile_shapes
 from stages.tensorrt import worker
-from stages.tensorrt.products import Product, RejectedError, has_nvidia_gpu, require_product
+from stages.tensorrt.products import LOWER, Product, RejectedError, has_nvidia_gpu, require_product
 
 WEIGHTS = "weights.bin"  # what an ONNX file may refer to, beside it
 MAX_BUILDS = 6
@@ -150,6 +150,6 @@ def _run_worker(request: dict[str, Any], *, folder: Path, what: str) -> dict[str
         raise MissingBackendError(
             f"the {request['module']} builder ended with status {finished.returncode} while building {what}",
             got=finished.stderr.strip()[-2000:] or "no message",
-            fix="a negative status is a crash or a kill (often too little memory)",
+            fix=f"a negative status is a crash or a kill, often for too little memory: {LOWER}",
         )
     return json.loads(finished.stdout)  # type: ignore[no-any-return]

@@ -48,6 +48,11 @@ TENSORRT_RTX = Product(
 )
 PRODUCTS = {product.backend: product for product in (TENSORRT, TENSORRT_RTX)}
 
+LOWER = (
+    "lower build-engine.optimization_level or workspace_mib, have fewer build-engine.profiles, or lower MAX_BATCH or "
+    "MAX_CANDIDATES in hstu/signature.py"
+)
+
 
 class RejectedError(CompilerError):
     """The parser or the builder refused a model; `reasons` are NVIDIA's own words."""
@@ -66,10 +71,7 @@ class RejectedError(CompilerError):
 def _fix(reasons: str) -> str:
     text = reasons.lower().replace("_", "").replace(" ", "")
     if any(word in text for word in ("outofmemory", "badalloc", "memoryerror", "cudaerror2)")):
-        return (
-            "lower build-engine.optimization_level or workspace_mib, build one of build-engine.profiles at a time, "
-            "or lower MAX_BATCH or MAX_CANDIDATES in hstu/signature.py"
-        )
+        return LOWER
     if "insufficientmemory" in text or "workspace" in text:
         return "raise build-engine.workspace_mib"
     if "cudasuccess" in text or "cudaruntime" in text:
