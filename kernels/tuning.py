@@ -2,11 +2,14 @@
 
 `measured.json` holds what `kernels.bench` measured on hardware, each run with its provenance: device, driver, versions
 and the report it comes from. Nothing else ranks configs: compiler output says which are unsound, not which is fast.
+
+    python -m kernels.tuning reports/gpu/h200.json        # adopt a report
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,3 +85,7 @@ def build(
             elif key not in shipped:
                 raise KernelError(f"{kernel.name}: no config is sound on sm_{sm}", got="\n".join(faults[key]))
         left = again
+
+
+if __name__ == "__main__":
+    adopt(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[1]).as_posix())
