@@ -193,7 +193,8 @@ def extend(
     return Problem(
         launches=[launch], out=out,
         truth=lambda: eager.extend(
-            q.double(), k.double(), v.double(), pages.cache.double(), starts, context, num_targets, pages.table, max_length, bias
+            q.double(), k.double(), v.double(), pages.cache.double(), starts, context, num_targets, pages.table,
+            max_length, bias,
         ),
         flops=4 * heads * width * pairs,
         bytes=_nbytes(q, k, v, out) + 2.0 * heads * width * sum(contexts) * q.element_size(),
