@@ -21,6 +21,7 @@ from hstu.errors import ArtifactError, InputError
 from hstu.signature import EntryName, entry, entry_names
 
 Array = npt.NDArray[Any]
+_LATEST = 2**63 - 1
 BACKENDS = {  # backend name → module that holds `open_engine(folder, spec, *, threads) -> Engine`
     "onnxruntime": f"{__package__}.engines.onnxruntime",
     "openvino": f"{__package__}.engines.openvino",
@@ -83,8 +84,10 @@ def read_spec(folder: Path) -> EngineSpec:
 def check_feeds(config: HSTUConfig, name: EntryName, feeds: Mapping[str, Array], *, finite: bool = False) -> None:
     """Every input is there with the right dtype, shape and values, or InputError says which is not.
 
-    Ids inside a history must be 1..num_items and timestamps must not fall; rows of length 0 are allowed, but for
-    `extend`. A cache must be finite up to its end; `finite` says that this is known (reading all of it takes time).
+    Ids inside a history must be 1..num_items, and after its end in the tables all the same: engines look up every
+    position. Timestamps must not fall, and no time may be negative, so that differences fit int64. There is at least
+    one user, and one candidate; rows of length 0 are allowed, but for `extend`. A cache must be finite up to its end;
+    `finite` says that this is known (reading all of it takes time).
     """
     if name not in entry_names(config):
         raise InputError(f"this model has no {name!r} entry", expected=", ".join(entry_names(config)))
@@ -94,6 +97,8 @@ def check_feeds(config: HSTUConfig, name: EntryName, feeds: Mapping[str, Array],
     letters: dict[str, int] = {}
     for spec in specs:
         value = feeds[spec.name]
+        if not isinstance(value, np.ndarray):
+            raise InputError(f"{name}: input {spec.name!r} is no array", got=type(value).__name__, expected="numpy")
         if value.dtype != np.dtype(spec.dtype) or value.ndim != len(spec.shape):
             raise InputError(
                 f"{name}: input {spec.name!r} has the wrong type",
@@ -105,6 +110,9 @@ def check_feeds(config: HSTUConfig, name: EntryName, feeds: Mapping[str, Array],
                 raise InputError(
                     f"{name}: input {spec.name!r} has the wrong shape", got=list(value.shape), expected=list(spec.shape)
                 )
+    for letter, what in (("B", "users"), ("C", "candidates")):
+        if letters.get(letter) == 0:
+            raise InputError(f"{name}: no {what}", got=f"{letter} = 0", expected="at least 1")
     padded, least = (letters["E"], 1) if name == "extend" else (letters["L"], 0)
     if not 1 <= padded <= config.max_history:
         raise InputError(
@@ -117,14 +125,30 @@ def check_feeds(config: HSTUConfig, name: EntryName, feeds: Mapping[str, Array],
     if lengths.size and not (least <= lengths.min() and lengths.max() <= padded):
         raise InputError(f"{name}: lengths out of range", got=lengths.tolist(), expected=f"{least}..{padded}")
     inside = np.arange(padded) < lengths[:, None]
+    _check_range(name, "item_ids", feeds["item_ids"], 0, config.num_items)
     _check_range(name, "item_ids", feeds["item_ids"][inside], 1, config.num_items)
     if "actions" in feeds:
-        _check_range(name, "actions", feeds["actions"][inside], 0, config.num_actions - 1)
+        _check_range(name, "actions", feeds["actions"], 0, config.num_actions - 1)
     if "candidate_ids" in feeds:
         _check_range(name, "candidate_ids", feeds["candidate_ids"], 1, config.num_items)
-    _check_times(name, feeds["timestamps"], inside)
+    _check_times(name, "timestamps", feeds["timestamps"], inside)
+    _check_range(name, "query_time", feeds["query_time"], 0, _LATEST)
     if name == "extend":
         _check_cache(config, feeds, finite=finite)
+
+
+def check_answers(engine: Engine, name: EntryName, answers: Mapping[str, Array]) -> None:
+    """Every float output but `cache_rows` is a number, or ArtifactError says whose is not: an item ranked by a NaN
+    would be an answer that looks like any other."""
+    for spec in entry(engine.config, name).outputs:
+        if spec.dtype == "float32" and spec.name != "cache_rows" and not np.isfinite(answers[spec.name]).all():
+            values = answers[spec.name]
+            wrong = ~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+            raise ArtifactError(
+                f"{engine.backend} {engine.precision}: {name} gave a {spec.name} that is not a number",
+                got=f"NaN or infinity for rows {np.flatnonzero(wrong).tolist()}",
+                fix="start users anew from their histories; if that does not help, use an engine of a wider precision",
+            )
 
 
 def _check_cache(config: HSTUConfig, feeds: Mapping[str, Array], *, finite: bool) -> None:
@@ -146,7 +170,7 @@ def _check_cache(config: HSTUConfig, feeds: Mapping[str, Array], *, finite: bool
             expected=f"at most {config.max_history}",
             fix="compute the newest events anew, with cached_lengths 0: positions are absolute, so no row can move",
         )
-    _check_times("extend", times, np.arange(positions) < cached[:, None])
+    _check_times("extend", "cached_timestamps", times, np.arange(positions) < cached[:, None])
     some = np.flatnonzero(cached)
     before = times[some, cached[some] - 1] > feeds["timestamps"][some, 0]
     if before.any():
@@ -171,8 +195,9 @@ def _finite(rows: Array) -> bool:
     return bool(np.isfinite(sums).all() or np.isfinite(rows).all())  # large finite values may overflow a sum
 
 
-def _check_times(entry_name: str, times: Array, inside: Array) -> None:
-    falls = (np.diff(times, axis=1) < 0) & inside[:, 1:]
+def _check_times(entry_name: str, name: str, times: Array, inside: Array) -> None:
+    _check_range(entry_name, name, times[inside], 0, _LATEST)
+    falls = (times[:, 1:] < times[:, :-1]) & inside[:, 1:]
     if falls.any():
         raise InputError(
             f"{entry_name}: timestamps fall within a history",

@@ -12,7 +12,7 @@ from hstu.data.histories import Histories
 from hstu.errors import UsageError
 from hstu.signature import num_results
 from serving.bundle import Bundle
-from serving.engine import Array, Engine, check_feeds, open_engine
+from serving.engine import Array, Engine, check_answers, check_feeds, open_engine
 from serving.engine_order import open_default
 from serving.requests import Request, encode_requests
 
@@ -51,6 +51,7 @@ class EngineRetriever:
         feeds = histories.feeds(self.engine.config)
         check_feeds(self.engine.config, "retrieve", feeds)
         outputs = self.engine.run("retrieve", feeds)
+        check_answers(self.engine, "retrieve", outputs)
         return outputs["user_embedding"], outputs["top_item_ids"], outputs["top_scores"]
 
 

@@ -46,7 +46,12 @@ def time_features(
             features[EXTEND_QUERY_BUCKETS] = buckets(query[:, None].copy(), every, False)
     if QUERY_BUCKETS in wanted:
         features[QUERY_BUCKETS] = buckets(query[:, None].copy(), np.ascontiguousarray(times), False)
-    if GAP_ROWS in wanted:
+    if GAP_ROWS in wanted and HISTORY_BUCKETS in features:
+        rows = np.zeros(times.shape, dtype=np.int32)  # t_i - t_{i-1} has a bucket already, at the last row's i-1
+        between = np.diagonal(features[HISTORY_BUCKETS], axis1=1, axis2=2)
+        np.minimum(between[:, :-1], config.num_gap_buckets - 1, out=rows[:, 1:], casting="unsafe")
+        features[GAP_ROWS] = rows
+    elif GAP_ROWS in wanted:
         gaps = np.zeros_like(times)
         gaps[:, 1:] = times[:, 1:] - times[:, :-1]
         if "cached_lengths" in feeds:

@@ -20,7 +20,7 @@ from hstu.errors import ArtifactError, InputError
 from hstu.signature import CacheForm, CacheSpec, cache_spec
 from serving.bundle import Bundle
 from serving.cache_rows import DTYPES, CacheRows
-from serving.engine import Array, Engine, check_feeds, open_engine
+from serving.engine import Array, Engine, check_answers, check_feeds, open_engine
 
 Answers = dict[str, Array]
 _EVENTS = ("item_ids", "actions", "timestamps")
@@ -105,7 +105,7 @@ def extend(stateful: StatefulEngine, states: Sequence[UserState], new: Histories
     The answers are those of `retrieve` on the whole history: user_embedding, top_item_ids, top_scores. Users are
     computed in one batch, padded to the longest cache; those whose history outgrew the model in another.
     Raises ArtifactError when a state is of another checkpoint, engine or precision, InputError when an event is
-    older than those before it or unknown to the model.
+    older than those before it or unknown to the model; ArtifactError when rows lead to what is not a number.
     """
     if len(states) != len(new):
         raise InputError("states and new events are not of the same users", got=(len(states), len(new)))
@@ -165,6 +165,7 @@ def _run(stateful: StatefulEngine, users: Sequence[UserState], query_time: Int64
     feeds = {**new.feeds(config), **_cache_feeds(users)}
     check_feeds(config, "extend", feeds, finite=True)  # rows are checked when they are made
     answers = stateful.engine.run("extend", feeds)
+    check_answers(stateful.engine, "extend", answers)
     made = answers.pop("cache_rows")
     after = [
         replace(user, rows=user.rows.append(made[row, :, : length - 1]))

@@ -29,6 +29,7 @@ class BuildEngineParams:
     int8_keep_wide: tuple[str, ...]
     int8_around: Literal["auto", "fp32", "fp16", "bf16"]
     int8_widen_at_most: int
+    int8_force: bool
     calibration_histories: int
     calibration_method: Literal["max", "percentile", "mse"]
     calibration_percentile: float
@@ -119,8 +120,8 @@ def run(params: BuildEngineParams, inputs: Mapping[str, Artifact], folder: Path)
     evaluation = Histories.load(checkpoint.file("evaluation.npz"))
     evaluation = evaluation.select(range(min(params.evaluation_histories, len(evaluation))))
     build = EngineBuild(params, target, surgery, checkpoint, calibration, evaluation)
-    spec, figures = build.widening_until_good(recipe, folder)
-    platform = {
+    spec, figures, facts = build.widening_until_good(recipe, folder)
+    platform: dict[str, Any] = {
         "backend": target.backend,
         "product": target.product,
         "version": version,
@@ -131,6 +132,9 @@ def run(params: BuildEngineParams, inputs: Mapping[str, Artifact], folder: Path)
         "rows": "packed" if recipe.packed else "padded",
         "chosen_because": why,
     }
+    if params.precision == "int8":
+        search = {"kept_wide": facts["recipe"]["int8_keep_wide"], "sensitivity": facts.get("sensitivity", {})}
+        platform["int8_search"] = search  # over the linears, by measured error, until the gate was passed
     (folder / "quality.json").write_bytes(encode_json(_quality(figures)))
     size = sum(file.stat().st_size for file in folder.iterdir())
     return Outcome(metrics={**figures, "bytes": size, "entries": sorted(spec.entries)}, platform=platform)

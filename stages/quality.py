@@ -13,13 +13,13 @@ from hstu.config import HSTUConfig
 from hstu.data.histories import Histories
 from hstu.errors import GateError
 from hstu.metrics import hit_rate, ndcg
-from hstu.signature import entry_names
+from hstu.signature import CacheForm, cache_spec, entry_names
 from hstu.tolerances import Tolerance
 from serving.engine import Array, Engine, check_feeds
 from serving.self_check import NOISE, check_independent, check_repeatable
 from stages.entry_check import check_batches, worst_error
 from stages.golden import spread_candidates
-from stages.returning import histories_from_feeds, returning_answers
+from stages.returning import CACHE_FORMS, answers_by_form, histories_from_feeds
 
 BATCH = 32
 TIE = 1e-6  # items whose fp32 scores are this near may stand in either order
@@ -31,13 +31,15 @@ def measure(engine: Engine, reference: Engine, histories: Histories) -> dict[str
     """Figures of `engine` against `reference` on held-out histories.
 
     Always: embedding_cosine (min, mean), top10_overlap (mean), max_abs_error of every float output, and of the
-    embeddings that `extend` gives the same users coming back, to eager's and to this engine's own. Where targets
-    are known: hr_at_10 and ndcg_at_10 of both, and the relative loss of each (negative: a gain).
+    embeddings that `extend` gives the same users coming back, to eager's and to this engine's own; cache: for each
+    form that a user's cache may have between the visits, the largest there is in bytes, and cosine and overlap after
+    it. Where targets are known: hr_at_10 and ndcg_at_10 of both, and the relative loss of each (negative: a gain).
     """
     config = engine.config
     ours: list[dict[str, Array]] = []
     theirs: list[dict[str, Array]] = []
     errors: dict[str, float] = {}
+    returned: dict[CacheForm, list[dict[str, Array]]] = {form: [] for form in CACHE_FORMS}
     for feeds in _batches(config, histories):
         for name in entry_names(config):
             if name == "extend":
@@ -51,10 +53,12 @@ def measure(engine: Engine, reference: Engine, histories: Histories) -> dict[str
             if name == "retrieve":
                 ours.append(got)
                 theirs.append(expected)
-                returning = returning_answers(engine, histories_from_feeds(inputs))
+                by_form = answers_by_form(engine, histories_from_feeds(inputs))
+                for form, answers in by_form.items():
+                    returned[form].append(answers)
                 for other, answers in (("eager", expected), ("retrieve", got)):
                     key, output = f"extend_to_{other}", "user_embedding"
-                    errors[key] = max(errors.get(key, 0.0), _max_error(answers[output], returning[output]))
+                    errors[key] = max(errors.get(key, 0.0), _max_error(answers[output], by_form["fp32"][output]))
     cosine = _cosine(_joined(ours, "user_embedding"), _joined(theirs, "user_embedding"))
     top, reference_top = _joined(ours, "top_item_ids"), _joined(theirs, "top_item_ids")
     figures: dict[str, Any] = {
@@ -62,6 +66,7 @@ def measure(engine: Engine, reference: Engine, histories: Histories) -> dict[str
         "embedding_cosine": {"min": float(cosine.min()), "mean": float(cosine.mean())},
         "top10_overlap": top_overlap(top, reference_top, _joined(theirs, "top_scores")),
         "max_abs_error": errors,
+        "cache": {form: _of_cache(config, form, answers, theirs) for form, answers in returned.items()},
     }
     if (histories.target_item > 0).any():
         for metric, function in (("hr_at_10", hit_rate), ("ndcg_at_10", ndcg)):
@@ -69,6 +74,21 @@ def measure(engine: Engine, reference: Engine, histories: Histories) -> dict[str
             loss = (base - value) / base if base > 0 else 0.0
             figures[metric] = {"engine": value, "fp32_eager": base, "relative_loss": loss}
     return figures
+
+
+def _of_cache(
+    config: HSTUConfig, form: CacheForm, returned: list[dict[str, Array]], expected: list[dict[str, Array]]
+) -> dict[str, float]:
+    """What a form costs: bytes of the longest cache, and the answers after it beside those of eager PyTorch."""
+    spec = cache_spec(config)
+    cosine = _cosine(_joined(returned, "user_embedding"), _joined(expected, "user_embedding"))
+    top, reference = _joined(returned, "top_item_ids"), _joined(expected, "top_item_ids")
+    return {
+        "bytes_per_user": spec.bytes_per_user(form, spec.max_positions),
+        "min_cosine": float(cosine.min()),
+        "mean_cosine": float(cosine.mean()),
+        "top10_overlap": top_overlap(top, reference, _joined(expected, "top_scores")),
+    }
 
 
 def top_overlap(top: Array, reference_top: Array, reference_scores: Array, *, k: int = 10) -> float:

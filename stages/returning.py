@@ -6,16 +6,20 @@ figures, and nothing needs to be stored for that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from hstu.data.histories import Histories, Int64s, histories_from_rows
+from hstu.signature import CacheForm
+from serving.cache_rows import CacheRows
 from serving.engine import Array, Engine
-from serving.user_state import Answers, Origin, StatefulEngine, extend, start
+from serving.user_state import Answers, Origin, StatefulEngine, UserState, extend, start
 
 NEW_EVENTS = 10
+CACHE_FORMS: tuple[CacheForm, ...] = ("fp32", "bf16", "int8")
 
 
 def returning_answers(engine: Engine, histories: Histories) -> Answers:
@@ -23,11 +27,26 @@ def returning_answers(engine: Engine, histories: Histories) -> Answers:
 
     The first visit has the rest, but at least one event; every history must have one.
     """
+    return answers_by_form(engine, histories, ("fp32",))["fp32"]
+
+
+def answers_by_form(
+    engine: Engine, histories: Histories, forms: Sequence[CacheForm] = CACHE_FORMS
+) -> dict[CacheForm, Answers]:
+    """The same, with the users' caches kept in each of the forms in between."""
     origin = Origin(checkpoint="", engine=engine.backend, precision=engine.precision)
     stateful = StatefulEngine(engine=engine, origin=origin)
     seen = seen_before(histories)
     states, _ = start(stateful, part(histories, np.zeros_like(seen), seen))
-    return extend(stateful, states, part(histories, seen, histories.lengths))[1]
+    new = part(histories, seen, histories.lengths)
+    return {form: extend(stateful, [_kept_as(form, state) for state in states], new)[1] for form in forms}
+
+
+def _kept_as(form: CacheForm, state: UserState) -> UserState:
+    """The state with its rows in another form."""
+    rows = np.zeros(state.rows.spec.shape(state.rows.length), np.float32)
+    state.rows.read(rows)
+    return replace(state, rows=CacheRows(state.rows.spec, form).append(rows))
 
 
 def seen_before(histories: Histories, new_events: int = NEW_EVENTS) -> Int64s:

@@ -135,6 +135,10 @@ class Library:
         self.functions.hstu_cpu_call_bytes.restype = ctypes.c_int64
         self.functions.hstu_attention.restype = ctypes.c_char_p
         self.functions.hstu_item_head_bytes.restype = ctypes.c_int64
+        pointer, integer, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+        self.functions.hstu_time_buckets.argtypes = (
+            pointer, pointer, integer, integer, integer, flag, pointer, pointer, flag,
+        )  # fmt: skip
         found = (self.functions.hstu_cpu_version(), self.functions.hstu_cpu_call_bytes())
         if found != (VERSION, call_bytes):
             raise KernelError(

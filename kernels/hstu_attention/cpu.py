@@ -256,11 +256,7 @@ def time_buckets(
     out = np.empty((*start.shape, end.shape[1]), dtype=np.uint8)
     batch, rows = start.shape
     library.functions.hstu_time_buckets(
-        *(ctypes.c_void_p(address(array, np.int64)) for array in (start, end)),
-        *(ctypes.c_int64(size) for size in (batch, rows, end.shape[1])),
-        ctypes.c_int32(causal),
-        ctypes.c_void_p(address(edges, np.int64)),
-        ctypes.c_void_p(address(out, np.uint8)),
-        ctypes.c_int32(threaded),
-    )
+        address(start, np.int64), address(end, np.int64), batch, rows, end.shape[1], causal,
+        address(edges, np.int64), address(out, np.uint8), threaded,
+    )  # fmt: skip
     return out

@@ -8,6 +8,7 @@ import mmap
 import os
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,16 @@ from serving.time_features import NAMES, time_features
 
 _LOG = logging.getLogger(__name__)
 _EDGES = np.array([0, *THRESHOLDS, 2**63 - 1], dtype=np.int64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Ports:
+    """What goes in and out of a compiled model at each call, by number, and which of that are features of time."""
+
+    inputs: tuple[tuple[int, str], ...]
+    outputs: tuple[tuple[int, str], ...]
+    features: frozenset[str]
+    packed: bool  # whether the layout of packed rows goes in
 
 
 class OpenVinoEngine:
@@ -52,9 +63,7 @@ class OpenVinoEngine:
         self._lock = threading.RLock()  # one request uses all threads; another waits
         self.compiled: dict[str, openvino.CompiledModel] = {}
         self._requests: dict[str, openvino.InferRequest] = {}
-        self._inputs: dict[str, list[str]] = {}
-        self._fixed: dict[str, dict[str, Array]] = {}
-        self._outputs = {name: [o.name for o in entry(self.config, name).outputs] for name in entry_names(self.config)}
+        self._ports: dict[str, _Ports] = {}
         self._threads = threads or len(os.sched_getaffinity(0))
         self._files = {name: folder / spec.entries[name] for name in entry_names(self.config)}
         for name in entry_names(self.config):
@@ -68,28 +77,40 @@ class OpenVinoEngine:
         with self._lock:
             if entry not in self._requests:
                 self._compile(entry)
-        names = self._inputs[entry]
-        features = time_features(self.config, feeds, frozenset(names) & frozenset(NAMES), self._buckets)
-        given = {**feeds, **features, **self._fixed[entry]}
-        if openvino_packing.ROWS in names:
+        ports = self._ports[entry]
+        given = {**feeds, **time_features(self.config, feeds, ports.features, self._buckets)}
+        if ports.packed:
             given |= openvino_packing.layout(feeds["lengths"], feeds["item_ids"].shape[1])
-        inputs = {name: np.ascontiguousarray(given[name]) for name in names}
+        # A tensor is set by its number and the request asked for nothing: `infer` of a dict costs more than a layer.
+        arrays = [(index, np.ascontiguousarray(given[name])) for index, name in ports.inputs]
         with self._lock:
             request = self._requests[entry]
-            request.infer(inputs, share_inputs=True)
-            return {name: request.get_tensor(name).data.copy() for name in self._outputs[entry]}
+            for index, array in arrays:
+                request.set_input_tensor(index, openvino.Tensor(array, shared_memory=True))
+            request.infer(share_outputs=True)
+            return {name: request.get_output_tensor(index).data.copy() for index, name in ports.outputs}
 
     def close(self) -> None:
         """Release memory and threads; the engine must not be used after."""
         self._files.clear()
         self._requests.clear()
+        self._ports.clear()
         self.compiled.clear()
 
     def _compile(self, name: EntryName) -> None:
-        model, self._fixed[name] = read_model(self._files[name], self._library, self.operations)
-        self.compiled[name] = openvino.Core().compile_model(model, "CPU", properties(self._threads))
-        self._inputs[name] = [port.any_name for port in self.compiled[name].inputs]
-        self._requests[name] = self.compiled[name].create_infer_request()
+        model, fixed = read_model(self._files[name], self._library, self.operations)
+        compiled = openvino.Core().compile_model(model, "CPU", properties(self._threads))
+        self.compiled[name], self._requests[name] = compiled, compiled.create_infer_request()
+        for given, array in fixed.items():
+            self._requests[name].set_tensor(given, openvino.Tensor(array))
+        inputs = [(index, port.any_name) for index, port in enumerate(compiled.inputs)]
+        wanted = {output.name for output in entry(self.config, name).outputs}
+        self._ports[name] = _Ports(
+            inputs=tuple((index, given) for index, given in inputs if given not in fixed),
+            outputs=tuple((i, next(iter(wanted & port.names))) for i, port in enumerate(compiled.outputs)),
+            features=frozenset(given for _, given in inputs) & frozenset(NAMES),
+            packed=openvino_packing.ROWS in (given for _, given in inputs),
+        )
         self.run(name, _one_event(self.config, name))  # weights are packed when they are first used
         _release_pages(self._files[name].parent)
 

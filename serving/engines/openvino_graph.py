@@ -7,6 +7,8 @@ The file is the one every backend gets. What is changed while it is read:
   keeps int64 in int32, which times and the edges of their buckets do not fit;
 - the factor √D of item rows is an input, which the engine always feeds the same: as a constant OpenVINO would multiply
   it into a second copy of the table;
+- a Reshape that changes nothing keeps a lookup in a bfloat16 table and its cast to float32 apart: as one operation
+  they take twice the time;
 - scores of all items and their top K become one operation that gives the same K (`kernels.item_head`);
 - where attention is bfloat16 and the CPU multiplies it, no cast stands between attention and a float32 product;
 - where surgery has packed the rows of events, attention takes them as they are, and where they stand is an input
@@ -61,11 +63,12 @@ def read_model(path: Path, library: Library, operations: Operations) -> tuple[op
     reader.replace_times(model)
     reader.keep_item_table(model)
     reader.use_packed_rows(model)
+    reader.separate_lookups(model)
     reader.quantize_rows(model)
     reader.replace_item_head(model)
     model.add_parameters([reader.features[name] for name in sorted(reader.features)])
     model.validate_nodes_and_infer_types()
-    reader.require_no_times(model)
+    reader.remove_times(model)
     return model, reader.fixed
 
 
@@ -166,6 +169,17 @@ class _Reader:
             else:
                 _replace(node.output(0), made.output(0), "")
 
+    def separate_lookups(self, model: openvino.Model) -> None:
+        """No cast reads a lookup in a table itself."""
+        for node in model.get_ordered_ops():
+            if node.get_type_name() == "Gather" and node.get_output_element_type(0) == Type.bf16:
+                rank = node.get_output_partial_shape(0).rank.get_length()
+                width = node.get_output_partial_shape(0)[rank - 1].get_length()
+                readers = node.output(0).get_target_inputs()
+                kept = opset13.reshape(node.output(0), np.array([0] * (rank - 1) + [width]), True)
+                for reader in readers:
+                    reader.replace_source_output(kept.output(0))
+
     def quantize_rows(self, model: openvino.Model) -> None:
         """An int8 W_o, the product of what attention gives, reads int8 rows that attention has made."""
         for node in model.get_ordered_ops():
@@ -208,8 +222,8 @@ class _Reader:
             index_type = node.output(1).get_element_type()
             _replace(node.output(1), opset13.convert(made.output(1), index_type).output(0), "")
 
-    def require_no_times(self, model: openvino.Model) -> None:
-        """No value that the answers depend on comes from timestamps; ArtifactError names one that does."""
+    def remove_times(self, model: openvino.Model) -> None:
+        """Times are no inputs; ArtifactError names a value that the answers depend on and that comes from them."""
         alive = {node.get_friendly_name() for node in model.get_ordered_ops()}
         for parameter in model.get_parameters():
             if parameter.get_friendly_name() not in _TIMES:
@@ -227,6 +241,12 @@ class _Reader:
                     expected="times read by attention and the gap table alone, as surgery leaves them",
                     fix="run surgery with attention_function, then build-engine again",
                 )
+            shape = next(p for p in model.get_parameters() if p.get_friendly_name() == "item_ids").output(0)
+            if parameter.get_friendly_name() == "timestamps":  # of which the graph may ask how many there are
+                for reader in parameter.output(0).get_target_inputs():
+                    reader.replace_source_output(shape)
+            if not parameter.output(0).get_target_inputs():
+                model.remove_parameter(parameter)
 
     def _feature(self, name: str, rank: int) -> Any:
         if name not in self.features:

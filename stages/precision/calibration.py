@@ -93,6 +93,16 @@ class Histogram:
         return float(np.sqrt(self.squared_error(scale) / power)) if power else 0.0
 
 
+def storable(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The next larger numbers of 8 significant bits: one value in float32, bfloat16 and float16.
+
+    A graph around int8 may be of any of these types; the scale that divides and the one that multiplies are then the
+    same number in all of them, on every backend. Positive; below 2^-17 float16 rounds what bfloat16 holds.
+    """
+    bits = np.ascontiguousarray(scales, dtype=np.float32).view(np.uint32)
+    return ((bits + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
 def observe(
     path: Path, tensors: Sequence[str], batches: Iterable[Mapping[str, Array]]
 ) -> tuple[dict[str, Histogram], ...]:
@@ -115,9 +125,9 @@ def observe(
 
 def fit(fitted: Histogram, held_out: Histogram, method: Method, *, percentile: float) -> Scale:
     """The scale that `method` takes from one histogram, judged by the other."""
-    scale = fitted.limit(method, percentile=percentile) / LEVELS
+    scale = float(storable(np.array([fitted.limit(method, percentile=percentile) / LEVELS], dtype=np.float32))[0])
     return Scale(
-        scale=float(np.float32(scale)),
+        scale=scale,
         held_out_clipped=held_out.clipped(scale),
         held_out_error=held_out.relative_error(scale),
     )

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from stages.precision.calibration import LEVELS, Scale
+from stages.precision.calibration import LEVELS, Scale, storable
 from stages.precision.linears import Linear
 from stages.precision.regions import drop_unused
 
@@ -38,8 +38,8 @@ def quantize(model: ir.Model, linears: Sequence[Linear], scales: Mapping[str, Sc
 
 
 def quantize_columns(weight: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """int8 [K, N] and scales float32 [N]: the largest magnitude of each column becomes 127."""
-    scale = np.abs(weight).max(axis=0).astype(np.float32) / LEVELS
+    """int8 [K, N] and scales float32 [N]: the largest magnitude of each column becomes 126 or 127."""
+    scale = storable(np.abs(weight).max(axis=0).astype(np.float32) / LEVELS)
     scale[scale == 0.0] = 1.0
     return np.clip(np.rint(weight / scale), -LEVELS, LEVELS).astype(np.int8), scale
 

@@ -39,6 +39,7 @@ PARAMS = BuildEngineParams(
     int8_keep_wide=("output", "hidden", "logits"),
     int8_around="auto",
     int8_widen_at_most=0,
+    int8_force=True,  # the tiny model is 16 wide: its int8 is slower
     calibration_histories=32,
     calibration_method="percentile",
     calibration_percentile=99.99,
@@ -318,6 +319,11 @@ def test_int8_widens_what_is_most_sensitive_until_it_passes(inputs: dict[str, Ar
     recipe = json.loads(artifact.file("recipe.json").read_text())
     widened = [name for name in recipe["recipe"]["int8_keep_wide"] if name not in chosen.int8_keep_wide]
     sensitivity = recipe["sensitivity"]
+    assert outcome.platform is not None  # which the manifest holds
+    assert outcome.platform["int8_search"] == {
+        "kept_wide": recipe["recipe"]["int8_keep_wide"],
+        "sensitivity": sensitivity,
+    }
     assert widened == sorted(sensitivity, key=lambda module: -sensitivity[module])[: len(widened)] != []
     linears = recipe["entries"]["retrieve"]["linears"]
     assert all(kind == "float32" for name, kind in linears.items() if name.partition("#")[0] in widened)
