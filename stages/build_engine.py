@@ -133,7 +133,7 @@ def run(params: BuildEngineParams, inputs: Mapping[str, Artifact], folder: Path)
         "chosen_because": why,
     }
     if params.precision == "int8":
-        search = {"kept_wide": facts["recipe"]["int8_keep_wide"], "sensitivity": facts.get("sensitivity", {})}
+        search = {"kept_wide": list(facts["recipe"]["int8_keep_wide"]), "sensitivity": facts.get("sensitivity", {})}
         platform["int8_search"] = search  # over the linears, by measured error, until the gate was passed
     (folder / "quality.json").write_bytes(encode_json(_quality(figures)))
     size = sum(file.stat().st_size for file in folder.iterdir())
