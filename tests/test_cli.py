@@ -133,3 +133,15 @@ def test_global_options_stand_before_or_after_the_command(tmp_path):
     assert before.returncode == after.returncode == 4
     assert before.stderr == after.stderr
     assert str(tmp_path / "x") in before.stderr
+
+
+def test_both_readmes_name_the_same_commands():
+    """What is indented is a command or a picture, the same in every language but for comments."""
+
+    def commands(name: str) -> list[str]:
+        lines = (ROOT / name).read_text().splitlines()
+        return [line.partition("#")[0].rstrip() for line in lines if line.startswith("    ")]
+
+    assert commands("README.zh-CN.md") == commands("README.md")
+    rows = [(ROOT / name).read_text().count("\n| ") for name in ("README.md", "README.zh-CN.md")]
+    assert rows[0] == rows[1]
