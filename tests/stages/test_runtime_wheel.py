@@ -68,6 +68,8 @@ def test_a_bundle_serves_where_nothing_of_this_repository_is(tmp_path: Path) -> 
     environment |= {"PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True, env=environment)
     python = tmp_path / "venv" / "bin" / "python"
+    # what a new environment brings itself, and what is installed here
+    subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", "setuptools"], check=True, env=environment)
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     there = Path(subprocess.check_output([python, "-c", ask], text=True).strip())
     for package in Path(sysconfig.get_path("purelib")).iterdir():
