@@ -80,6 +80,7 @@ def run(params: BundleParams, inputs: Mapping[str, Artifact], folder: Path) -> O
 
 def _write_runtime(folder: Path) -> dict[str, str | None]:
     """Write what serves the bundle where nothing of this repository is: a wheel, its requirements, a CPU kernel."""
+    from kernels.cpu.cache import user_cache
     from kernels.cpu.library import KernelError, compiler_version
     from kernels.paged_hstu_attention.cpu import LIBRARY, build
     from stages.runtime_wheel import requirements, write_runtime_wheel
@@ -95,7 +96,7 @@ def _write_runtime(folder: Path) -> dict[str, str | None]:
         say(f"bundle: no paged attention kernel, vLLM will attend in PyTorch ({error})")
         kernel = None
     else:
-        build(runtime)
+        build(runtime, cache=user_cache())
     return {
         "wheel": f"{RUNTIME}/{wheel.name}",
         "paged_attention_cpu": kernel,

@@ -6,13 +6,14 @@ It needs no compiler and no other library where it is used: its threads are thos
 from __future__ import annotations
 
 import ctypes
-import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kernels.cpu.library import KernelError
+from kernels.cpu.cache import digest, files_of
+from kernels.cpu.library import KernelError, compiler_version
 
 LIBRARY = "libhstu_paged.so"
 
@@ -26,6 +27,7 @@ _FLAGS = (
     "-std=c++20", "-O3", "-fPIC", "-DNDEBUG", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
     "-fno-ident", "-Wall", "-Wextra", "-Werror", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-I", ".",
 )  # fmt: skip
+_LINK = ("-static-libstdc++", "-static-libgcc", "-Wl,--build-id=none", "-Wl,-O1", "-s")
 
 
 class PagedCall(ctypes.Structure):
@@ -47,29 +49,42 @@ class PagedCall(ctypes.Structure):
     )
 
 
-def build(folder: Path, *, compiler: str = "g++") -> Path:
+def build(folder: Path, *, compiler: str = "g++", cache: Path | None = None) -> Path:
     """`folder` holds libhstu_paged.so, whose path is returned; the same compiler makes the same bytes.
 
-    Raises KernelError with the compiler's own words when it is missing or refuses.
+    With `cache` (`kernels.cpu.cache`) it makes them once. Raises KernelError with its own words when it is missing or
+    refuses.
     """
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        for part in ("cpu", "hstu_attention", "paged_hstu_attention"):
-            (work / part).mkdir()
-            for source in sorted((_KERNELS / part).iterdir()):
-                if source.suffix in (".h", ".cpp"):
-                    shutil.copyfile(source, work / part / source.name)
+    sources = {
+        f"{part}/{path.name}": path.read_bytes()
+        for part in ("cpu", "hstu_attention", "paged_hstu_attention")
+        for path in sorted((_KERNELS / part).iterdir())
+        if path.suffix in (".h", ".cpp")
+    }
+    if cache is None:
+        made = _compile(sources, compiler)
+    else:
+        made_by = {"compiler": compiler_version(compiler).encode(), "commands": repr((_FLAGS, _LINK, _UNITS)).encode()}
+        made = files_of(cache, digest({**sources, **made_by}), lambda: _compile(sources, compiler))
+    (folder / LIBRARY).write_bytes(made[LIBRARY])
+    return folder / LIBRARY
+
+
+def _compile(sources: Mapping[str, bytes], compiler: str) -> Mapping[str, bytes]:
+    """The library by its name."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        for name, content in sources.items():
+            (work / name).parent.mkdir(exist_ok=True)
+            (work / name).write_bytes(content)
         units = [
             [compiler, *_FLAGS, *flags, "-c", f"paged_hstu_attention/{unit}.cpp", "-o", f"{unit}.o"]
             for unit, flags in _UNITS.items()
         ]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda command: _run(command, work), units))
-        objects = [f"{unit}.o" for unit in _UNITS]
-        _run([compiler, "-shared", "-o", LIBRARY, *objects, "-static-libstdc++", "-static-libgcc",
-              "-Wl,--build-id=none", "-Wl,-O1", "-s"], work)  # fmt: skip
-        shutil.copyfile(work / LIBRARY, folder / LIBRARY)
-    return folder / LIBRARY
+        _run([compiler, "-shared", "-o", LIBRARY, *(f"{unit}.o" for unit in _UNITS), *_LINK], work)
+        return {LIBRARY: (work / LIBRARY).read_bytes()}
 
 
 def _run(command: list[str], cwd: Path) -> None:
