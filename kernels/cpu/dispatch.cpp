@@ -197,10 +197,17 @@ EXPORT void hstu_time_buckets(const int64_t* from, const int64_t* to, int64_t ba
         const uint64_t start = static_cast<uint64_t>(from[item]);
         const int64_t* ends = to + b * keys;
         uint8_t* row = out + item * keys;
+        const auto difference = [=](int64_t t) {
+            const uint64_t end = static_cast<uint64_t>(ends[t]);
+            return from[item] >= ends[t] ? start - end : end - start;
+        };
         uint8_t bucket = 0;
-        for (int64_t t = 0; t < seen; ++t) {  // neighbours mostly share a bucket
-            const uint64_t dt = from[item] >= ends[t] ? start - static_cast<uint64_t>(ends[t]) : static_cast<uint64_t>(ends[t]) - start;
-            row[t] = bucket = edges.of(dt, bucket);
+        for (int64_t t = 0; t < seen;) {  // neighbours mostly share a bucket
+            bucket = edges.of(difference(t), bucket);
+            const uint64_t least = static_cast<uint64_t>(lower[bucket]);
+            const uint64_t size = bucket < 128 ? static_cast<uint64_t>(lower[bucket + 1]) - least : ~least;
+            do row[t++] = bucket;
+            while (t < seen && difference(t) - least < size);
         }
         std::memset(row + seen, 0, static_cast<size_t>(keys - seen));
     };
