@@ -38,7 +38,7 @@ class _Ports:
     inputs: tuple[tuple[int, str], ...]
     outputs: tuple[tuple[int, str], ...]
     features: frozenset[str]
-    packed: bool  # whether the layout of packed rows goes in
+    packed: frozenset[str]  # what goes in of the layout of packed rows, if they are
 
 
 class OpenVinoEngine:
@@ -80,7 +80,8 @@ class OpenVinoEngine:
         ports = self._ports[entry]
         given = {**feeds, **time_features(self.config, feeds, ports.features, self._buckets)}
         if ports.packed:
-            given |= openvino_packing.layout(feeds["lengths"], feeds["item_ids"].shape[1])
+            width, places = feeds["item_ids"].shape[1], openvino_packing.PLACES in ports.packed
+            given |= openvino_packing.layout(feeds["lengths"], width, places=places)
         # A tensor is set by its number and the request asked for nothing: `infer` of a dict costs more than a layer.
         arrays = [(index, np.ascontiguousarray(given[name])) for index, name in ports.inputs]
         with self._lock:
@@ -109,7 +110,7 @@ class OpenVinoEngine:
             inputs=tuple((index, given) for index, given in inputs if given not in fixed),
             outputs=tuple((i, next(iter(wanted & port.names))) for i, port in enumerate(compiled.outputs)),
             features=frozenset(given for _, given in inputs) & frozenset(NAMES),
-            packed=openvino_packing.ROWS in (given for _, given in inputs),
+            packed=frozenset(given for _, given in inputs) & frozenset(openvino_packing.NAMES),
         )
         self.run(name, _one_event(self.config, name))  # weights are packed when they are first used
         _release_pages(self._files[name].parent)

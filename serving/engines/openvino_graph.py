@@ -66,7 +66,8 @@ def read_model(path: Path, library: Library, operations: Operations) -> tuple[op
     reader.separate_lookups(model)
     reader.quantize_rows(model)
     reader.replace_item_head(model)
-    model.add_parameters([reader.features[name] for name in sorted(reader.features)])
+    features = [reader.features[name] for name in sorted(reader.features)]
+    model.add_parameters([feature for feature in features if feature.output(0).get_target_inputs()])
     model.validate_nodes_and_infer_types()
     reader.remove_times(model)
     return model, reader.fixed

@@ -7,7 +7,7 @@ few integers a batch, and is computed here before the graph runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,18 +79,20 @@ def _reads(gather: Any, index: Any) -> bool:
     return bool(gather.input_value(1).get_node().get_friendly_name() == index.get_node().get_friendly_name())
 
 
-def layout(lengths: Array, width: int) -> Mapping[str, Array]:
-    """The inputs of a batch of histories that are padded to `width` events.
+def layout(lengths: Array, width: int, *, places: bool) -> dict[str, Array]:
+    """The inputs of a batch of histories that are padded to `width` events; PLACES only if asked for.
 
     A user without events has one row, which no one reads: no tensor is empty, and every user has a last row.
     """
     counts = np.maximum(lengths, 1)
-    at = np.arange(width)
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    feeds = {
-        ROWS: np.flatnonzero(at < counts[:, None]),
-        PLACES: starts[:-1, None] + np.minimum(at, counts[:, None] - 1),
-        LAST: starts[1:] - 1,
-        STARTS: starts,
-    }
-    return {name: values.astype(np.int32) for name, values in feeds.items()}
+    starts = np.zeros(len(counts) + 1, dtype=np.int32)
+    np.cumsum(counts, out=starts[1:])
+    if starts[-1] == len(counts) * width:
+        rows = np.arange(starts[-1], dtype=np.int32)
+    else:
+        rows = np.flatnonzero(np.arange(width) < counts[:, None]).astype(np.int32)
+    found = {ROWS: rows, LAST: starts[1:] - 1, STARTS: starts}
+    if places:
+        at = np.minimum(np.arange(width), counts[:, None] - 1)
+        found[PLACES] = (starts[:-1, None] + at).astype(np.int32)
+    return found
