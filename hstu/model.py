@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hstu.config import L2_EPS, LAYER_NORM_EPS, NUM_TIME_BUCKETS, HSTUConfig
 from hstu.errors import InputError
 from hstu.signature import num_results
-from hstu.time_buckets import time_buckets
+from hstu.time_buckets import THRESHOLDS, time_buckets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,6 +146,24 @@ class HSTUAttention(nn.Module):
         attended = self.attend(q, keys, values, self.relative_bias(distance, buckets), mask)
         return u * layer_norm(attended.flatten(-2))
 
+    def jagged(
+        self, uvqk: Tensor, offsets: Tensor, longest: int, times: Tensor, next_times: Tensor, bucket_edges: Tensor
+    ) -> Tensor:
+        """`forward` of T jagged rows through the op registry (`kernels.ops`): [T, W] before SiLU → [T, H·dv].
+
+        offsets int64 [B+1], of which the caller knows that they rise and that no user has more than `longest` rows;
+        times and next_times int64 [T]; bucket_edges float32 [129]. Inference alone: the op has no gradient.
+        """
+        from kernels import ops
+
+        c = self.config
+        u, v, q, k = self.split(uvqk)
+        gated = ops.gated_attention(
+            u.unflatten(-1, (c.num_heads, -1)), q, k, v, offsets, offsets.new_zeros(len(offsets) - 1), longest,
+            c.max_length, self.position_bias, self.time_bias, bucket_edges, times, next_times, LAYER_NORM_EPS, True,
+        )  # fmt: skip
+        return gated.flatten(-2)  # type: ignore[no-any-return]
+
     def cache_rows(self, uvqk: Tensor) -> Tensor:
         """SiLU of k and v [B, E, H·(dqk+dv)] (`hstu.signature.CacheSpec`) from the projection [B, E, W]."""
         hv, hqk = self.config.num_heads * self.config.v_dim, self.config.num_heads * self.config.qk_dim
@@ -251,11 +269,19 @@ class HSTU(nn.Module):
         return x
 
     def encode_jagged(
-        self, item_ids: Tensor, timestamps: Tensor, offsets: Tensor, query_time: Tensor, actions: Tensor | None = None
+        self,
+        item_ids: Tensor,
+        timestamps: Tensor,
+        offsets: Tensor,
+        query_time: Tensor,
+        actions: Tensor | None = None,
+        *,
+        kernels: bool = False,
     ) -> Tensor:
         """The states [T, D] of T events in all, oldest first, user b at [offsets[b], offsets[b+1]); as `encode`.
 
-        Everything but the attention itself runs on the T real rows.
+        Everything but the attention itself runs on the T real rows, and with `kernels` that too, through the op
+        registry: compiled kernels on a GPU, without gradients.
         """
         lengths = offsets.diff()
         longest = max(1, int(lengths.max())) if len(lengths) else 1
@@ -273,8 +299,16 @@ class HSTU(nn.Module):
             query_time=query_time,
             actions=None if actions is None else pad(actions),
         )
-        buckets = time_buckets(history.next_timestamps.unsqueeze(2) - history.timestamps.unsqueeze(1))
         x = self.embed_history(history)[inside]
+        if kernels:
+            from kernels.hstu_attention.op import bucket_edges
+
+            edges, next_times = bucket_edges(THRESHOLDS, x.device), history.next_timestamps[inside]
+            for layer in self.layers:
+                rows = layer.attention.jagged(layer.project(x), offsets, longest, timestamps, next_times, edges)
+                x = x + layer.output(rows)
+            return x
+        buckets = time_buckets(history.next_timestamps.unsqueeze(2) - history.timestamps.unsqueeze(1))
         for layer in self.layers:
             x = x + layer.output(layer.attention(pad(layer.project(x)), buckets, lengths)[inside])
         return x

@@ -95,6 +95,16 @@ def test_jagged_equals_padded(config: HSTUConfig) -> None:
         torch.from_numpy(histories.actions) if config.num_actions else None,
     )
     assert (jagged - padded).abs().max() <= EXACT
+    with torch.no_grad():
+        registry = model.encode_jagged(
+            torch.from_numpy(histories.item_ids),
+            torch.from_numpy(histories.timestamps),
+            torch.from_numpy(histories.offsets),
+            history.query_time,
+            torch.from_numpy(histories.actions) if config.num_actions else None,
+            kernels=config.qk_dim == config.v_dim,
+        )
+    assert (registry - padded).abs().max() <= 1e-5
 
 
 @CONFIGS
