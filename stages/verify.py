@@ -17,6 +17,7 @@ from stages.environment_fit import environment_fit, require_fit
 from stages.lineage import lineage_copies
 from stages.shipping.install import check_installed_signature, check_shipped_signature, unpack_shipment
 from stages.shipping.layout import MARKER, open_shipment
+from stages.workspace import FullDisk, interruptible
 
 if TYPE_CHECKING:
     from hstu.tolerances import Tolerance
@@ -39,8 +40,9 @@ def verify(
     if (path / MARKER).exists():
         shipment = open_shipment(path)
         fingerprint = check_shipped_signature(shipment, key) if key is not None else None
-        with tempfile.TemporaryDirectory(prefix="verify-") as folder:
-            artifact = unpack_shipment(shipment, Path(folder))
+        with interruptible(), tempfile.TemporaryDirectory(prefix="verify-") as folder:
+            with FullDisk("verify", Path(folder), fix="set TMPDIR to a folder on another disk"):
+                artifact = unpack_shipment(shipment, Path(folder))
             return _verify(artifact, path, run=run, elsewhere=elsewhere) | _signed(fingerprint)
     artifact = open_artifact(path)
     for option, given in (("--run", run), ("--key", key), ("--signature", signature)):

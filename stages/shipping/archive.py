@@ -45,7 +45,7 @@ def pack(folder: Path, manifest: Mapping[str, Any], data: bytes, out: IO[bytes],
     for name, entry in _files(manifest):
         written.write(_header(FOLDER + name, entry["bytes"]))
         digest, left = hashlib.sha256(), entry["bytes"]
-        with (folder / name).open("rb") as stream:
+        with _open(folder / name) as stream:
             while chunk := stream.read(min(_CHUNK, left + 1)):
                 left -= len(chunk)
                 if left < 0:
@@ -62,6 +62,13 @@ def pack(folder: Path, manifest: Mapping[str, Any], data: bytes, out: IO[bytes],
         written.write(_padding(entry["bytes"]))
     written.write(_END)
     return written.digest.hexdigest()
+
+
+def _open(path: Path) -> IO[bytes]:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror})", fix="run the bundle stage again") from None
 
 
 def pack_one(name: str, data: bytes) -> bytes:

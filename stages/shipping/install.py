@@ -31,6 +31,7 @@ from stages.shipping.signature import check_signature, digests_of
 from stages.workspace import FullDisk, hold, interruptible, new_folder, say, sync, sync_folder, uninterrupted
 
 MAX_FILES = 100_000
+MAX_GIB = 64.0
 ANOTHER_ROOT = "pass another --root DIR"
 
 
@@ -41,7 +42,7 @@ def install(
     key: Path | None = None,
     allow_downgrade: bool = False,
     elsewhere: bool = False,
-    max_gib: float = 64.0,
+    max_gib: float = MAX_GIB,
 ) -> dict[str, Any]:
     """What serves now: the bundle shipped at `shipped` stands below `root`, and `root`/current leads to it.
 
@@ -60,8 +61,9 @@ def install(
         place = root / VERSIONS / name
         place.parent.mkdir(exist_ok=True)
         if not _stands(place, shipment):
-            _check_size(shipment, root, max_gib)
-            _unpack(shipment, place, elsewhere=elsewhere)
+            _unpack(shipment, place, elsewhere=elsewhere, max_gib=max_gib)
+        if shipment.signature is not None:
+            _write_signature(signature_of(place), shipment.signature)
         state = replace(state, newest_version=shipment.version, newest_id=shipment.id, key=fingerprint)
         if before != name:
             state = replace(state, history=(*state.history, name))
@@ -129,8 +131,9 @@ def check_shipped_signature(shipment: Shipment, key: Path) -> str:
     return check_signature(shipment.signature, digests, key, source=str(shipment.path))
 
 
-def unpack_shipment(shipment: Shipment, target: Path) -> Artifact:
-    """The bundle stands in the empty folder `target`, every byte verified."""
+def unpack_shipment(shipment: Shipment, target: Path, *, max_gib: float = MAX_GIB) -> Artifact:
+    """The bundle stands in the empty folder `target`, every byte verified; nothing is written when it is too large."""
+    _check_size(shipment, target, max_gib)
     with progress("unpacking", total=shipment.layer.size) as advance_to:
         unpack(shipment.archive, target, sha256=shipment.layer.sha256, advance_to=advance_to)
     artifact = open_artifact(target, stage="bundle", verify=False)  # each byte was checked on its way here
@@ -152,8 +155,8 @@ def _check_maker(shipment: Shipment, state: Root, key: Path | None) -> str | Non
     return None
 
 
-def _check_size(shipment: Shipment, root: Path, max_gib: float) -> None:
-    files, size, free = len(shipment.manifest["files"]), shipment.layer.size, free_disk_bytes(root)
+def _check_size(shipment: Shipment, target: Path, max_gib: float) -> None:
+    files, size, free = len(shipment.manifest["files"]), shipment.layer.size, free_disk_bytes(target)
     if files > MAX_FILES or size > max_gib * 2**30:
         raise ArtifactError(
             f"{shipment.path}: too large",
@@ -162,7 +165,9 @@ def _check_size(shipment: Shipment, root: Path, max_gib: float) -> None:
             fix="raise --max-gib if it is meant to be so large",
         )
     if size > free:
-        raise UsageError(f"{root}: too little room", got=f"{free} bytes free", expected=f"{size}", fix=ANOTHER_ROOT)
+        raise UsageError(
+            f"{target.parent}: too little room", got=f"{free} bytes free", expected=f"{size}", fix="free some space"
+        )
 
 
 def _stands(place: Path, shipment: Shipment) -> bool:
@@ -176,25 +181,29 @@ def _stands(place: Path, shipment: Shipment) -> bool:
         return False
 
 
-def _unpack(shipment: Shipment, place: Path, *, elsewhere: bool) -> None:
+def _unpack(shipment: Shipment, place: Path, *, elsewhere: bool, max_gib: float) -> None:
     for leftover in place.parent.glob(".*.tmp-*"):  # of a killed run; the root is held, so nobody is at work there
-        shutil.rmtree(leftover)
+        leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
     with new_folder(place) as folder:
-        artifact = unpack_shipment(shipment, folder)
+        artifact = unpack_shipment(shipment, folder, max_gib=max_gib)
         check_lineage(artifact)
         if not elsewhere:
             require_fit(artifact, environment_fit(artifact))
         folder.chmod(0o755)
         sync(folder)
-        signature = signature_of(place)
         with uninterrupted(), new_folder(place) as aside:
-            signature.unlink(missing_ok=True)
-            if shipment.signature is not None:
-                signature.write_bytes(shipment.signature)
             if place.exists():
                 place.rename(aside / "damaged")
             folder.rename(place)
             sync_folder(place.parent)
+
+
+def _write_signature(path: Path, signature: bytes) -> None:
+    staged = path.with_name(f".{path.name}.tmp-")  # a name that the next run clears
+    staged.write_bytes(signature)
+    sync_folder(staged)
+    staged.replace(path)
+    sync_folder(path.parent)
 
 
 def _told(root: Path, place: Path, *, signed: bool, before: str | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def ship(bundle: Path, output: Path, *, key: Path | None = None) -> dict[str, An
         raise ArtifactError(f"{bundle}: it changed while it was read", fix="ship it when nothing else writes there")
     signature = sign(digests_of(artifact.manifest, artifact.id), key) if key is not None else None
     size = archive_size(artifact.manifest, len(data))
-    output.parent.mkdir(parents=True, exist_ok=True)
+    _make_room(output)
     full = FullDisk("ship", output.parent, fix="pass --output DIR on another disk")
     with interruptible(), full, new_folder(output) as folder:
         blobs = folder / "blobs" / "sha256"
@@ -78,6 +79,16 @@ def render(result: dict[str, Any]) -> str:
         f"{result['path']}: bundle {result['version']} {result['id'][:12]}, {result['bytes'] / 1e6:.1f} MB, {signed}\n"
         f"  layer {result['layer']}"
     )
+
+
+def _make_room(output: Path) -> None:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(output.parent, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise UsageError(f"{output}: cannot be written to", fix="pass --output DIR, a folder of yours")
 
 
 def _check_output(output: Path) -> None:

@@ -141,6 +141,16 @@ def test_who_made_it(shipped: Ship, root: Path, keys: tuple[Path, Path], tmp_pat
         verify(root / "current", key=public)
 
 
+def test_a_signature_that_comes_later_is_kept(shipped: Ship, root: Path, keys: tuple[Path, Path]) -> None:
+    """The same bundle, installed unsigned at first."""
+    private, public = keys
+    install(shipped("0.1.0"), root)
+    with pytest.raises(ArtifactError, match="signature cannot be read"):
+        verify(root / "current", key=public)
+    install(shipped("0.1.0", key=private), root, key=public)
+    assert verify(root / "current", key=public)["signed_with"]
+
+
 def test_an_engine_that_cannot_run_here_does_not_serve_here(shipped: Ship, root: Path) -> None:
     install(shipped("0.1.0"), root)
     with pytest.raises(MissingBackendError, match="default engine 'fp32' cannot run here"):

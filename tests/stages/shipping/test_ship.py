@@ -199,6 +199,8 @@ def test_what_stands_at_the_output_stays(bundle: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "shipped") == before
     with pytest.raises(UsageError, match="something stands here"):
         ship(bundle, bundle)
+    with pytest.raises(UsageError, match="cannot be written to"):
+        ship(bundle, bundle / "README.md" / "below a file")
 
 
 def test_an_interrupted_run_leaves_nothing(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
