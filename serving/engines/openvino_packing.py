@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -85,16 +84,6 @@ def layout(lengths: Array, width: int, *, places: bool) -> dict[str, Array]:
 
     A user without events has one row, which no one reads: no tensor is empty, and every user has a last row.
     """
-    return _layout_of_one(int(lengths[0]), width) if len(lengths) == 1 else _layout(lengths, width)
-
-
-@lru_cache(maxsize=256)  # of a small model it is a twentieth of the answer
-def _layout_of_one(length: int, width: int) -> Mapping[str, Array]:
-    """The inputs of a single user; nobody changes them, but OpenVINO takes no array that is not writeable."""
-    return _layout(np.array([length]), width)
-
-
-def _layout(lengths: Array, width: int) -> dict[str, Array]:
     counts = np.maximum(lengths, 1)
     starts = np.zeros(len(counts) + 1, dtype=np.int32)
     np.cumsum(counts, out=starts[1:])
