@@ -58,4 +58,4 @@ def test_a_surgery_pass(tmp_path: Path) -> None:
         "--reports", tmp_path / "reports", *settings)  # fmt: skip
     text = run(sys.executable, "examples/surgery_pass.py", artifacts / "surgery")
     assert "retrieve:" in text
-    assert "max abs error 0" in text
+    assert "max abs error 0\n" in text
