@@ -281,6 +281,92 @@ def recommend(
     print("\n".join(lines))
 
 
+@command("serve")
+def serve(
+    settings: Settings,
+    bundle: Annotated[Path, typer.Option(help="The bundle to serve.")] = Path("artifacts/bundle"),
+    host: Annotated[str, typer.Option(help="Anything but loopback asks for API keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    precision: Annotated[str | None, typer.Option(help="Which engine of the bundle (default: the bundle's).")] = None,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Start the vLLM process, which generates slates.")] = False,
+    ranker: Annotated[bool, typer.Option(help="Start the process that ranks.")] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="No fallback at any level.")] = False,
+    api_keys: Annotated[Path | None, typer.Option(help="Keys, one a line (default: HSTU_API_KEYS).")] = None,
+    state_form: Annotated[Literal["fp32", "bf16", "int8"], typer.Option(help="How users' states are kept.")] = "fp32",
+    cache_mib: Annotated[int, typer.Option(min=1, help="Users' states and item embeddings, device and host.")] = 256,
+    disk: Annotated[Path | None, typer.Option(help="A folder for states that memory has no room for.")] = None,
+    disk_mib: Annotated[int, typer.Option(min=0)] = 1024,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are told 429.")] = 256,
+    max_batch: Annotated[int, typer.Option(min=1, max=64)] = 32,
+    batch_wait_ms: Annotated[float, typer.Option(min=0.0, help="How long a request waits for company.")] = 2.0,
+    deadline_ms: Annotated[int, typer.Option(min=1, help="Of requests that name none.")] = 1000,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of each runtime (default: all cores).")] = None,
+) -> None:
+    """Serve a bundle over HTTP: recommendations, scores, users, metrics; docs at /docs."""
+    from serving.bundle import open_bundle
+    from serving.server import read_keys, require_safe
+    from serving.server import serve as serve_http
+    from serving.service import ServiceSettings
+
+    keys = read_keys(api_keys)
+    require_safe(host, keys)
+    serve_http(
+        open_bundle(bundle),
+        ServiceSettings(
+            engine=precision,
+            state_form=state_form,
+            vllm=vllm,
+            ranker=ranker,
+            strict=strict,
+            deadline_ms=deadline_ms,
+            max_batch=max_batch,
+            batch_wait_ms=batch_wait_ms,
+            max_queue=max_queue,
+            cache_mib=cache_mib,
+            disk=disk,
+            disk_mib=disk_mib if disk is not None else 0,
+            threads=threads,
+        ),
+        host=host,
+        port=port,
+        keys=keys,
+    )
+
+
+@command("load")
+def load(
+    settings: Settings,
+    bundle: Annotated[Path, typer.Option(help="The bundle to serve and load.")] = Path("artifacts/bundle"),
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="steady, saturated, naive, hot, kill-ranker, kill-slates (default: all but the last)."),
+    ] = None,
+    sessions: Annotated[int, typer.Option(min=1, help="Users at once.")] = 128,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Of the steady part.")] = 180.0,
+    history: Annotated[int, typer.Option(min=1, help="Events of a user to begin with.")] = 20,
+    strategy: Annotated[str, typer.Option(help="Of the requests (default: the service's policy).")] = "",
+    serve_option: Annotated[list[str] | None, typer.Option(help="Passed on to `serve`.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Also run what is in load.json already.")] = False,
+) -> None:
+    """Load a served bundle from this process; write load.json, part by part."""
+    from stages.load.run import LoadSettings, run
+
+    found = run(
+        bundle,
+        settings.reports,
+        part or [],
+        LoadSettings(
+            sessions=sessions,
+            seconds=seconds,
+            history=history,
+            strategy=strategy,
+            serve=tuple(serve_option or ()),
+            again=again,
+        ),
+    )
+    settings.show(found)
+
+
 @command("benchmark", panel="Stages, in order")
 def benchmark(
     settings: Settings,

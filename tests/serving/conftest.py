@@ -1,4 +1,4 @@
-"""One vLLM engine of each kind for the whole session: a start costs seconds."""
+"""One vLLM engine of each kind and one bundle to serve for the whole session: a start costs seconds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pytest
 from hstu.checkpoints.huggingface import save_pretrained
 from hstu.model import HSTU
 from kernels.paged_hstu_attention.cpu import build
+from serving.bundle import Bundle
 from serving.vllm_plugin.tokenizer import write_tokenizer
 from tests.models import random_model, tiny_config
+from tests.serving.services import write_bundle
 
 if TYPE_CHECKING:
     from serving.vllm_plugin.runtime import VllmRuntime
@@ -63,3 +65,9 @@ def cramped(vllm_folder: Path) -> Iterator[VllmRuntime]:
     )  # fmt: skip
     yield runtime
     runtime.close()
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle that ranks, for the service."""
+    return write_bundle(tmp_path_factory.mktemp("service"))
