@@ -347,10 +347,16 @@ def load(
     strategy: Annotated[str, typer.Option(help="Of the requests (default: the service's policy).")] = "",
     serve_option: Annotated[list[str] | None, typer.Option(help="Passed on to `serve`.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Also run what is in load.json already.")] = False,
+    case: Annotated[
+        Path | None, typer.Option(help="A compiled benchmark case (artifacts/.cases/NAME/ID) to make the bundle of.")
+    ] = None,
 ) -> None:
     """Load a served bundle from this process; write load.json, part by part."""
+    from stages.load.case_bundle import link_case_bundle
     from stages.load.run import LoadSettings, run
 
+    if case is not None:
+        link_case_bundle(case, bundle)
     found = run(
         bundle,
         settings.reports,

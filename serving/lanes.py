@@ -11,11 +11,10 @@ from serving.batching import Batcher
 from serving.bundle import Bundle
 from serving.cache import HotCache
 from serving.engine import Array
+from serving.engine_order import TORCH, engine_order
 from serving.fallback import Breaker
 from serving.user_state import Origin, StatefulEngine, open_stateful
 from serving.visits import Found, Visit, Visits
-
-TORCH = "torch"
 
 
 class Lane:
@@ -90,14 +89,7 @@ def opener(bundle: Bundle, name: str, form: CacheForm, threads: int | None) -> C
     return open_torch
 
 
-def engine_order(bundle: Bundle, first: str) -> list[str]:
-    """The chosen engine, then one of every other backend, TensorRT before ONNX Runtime before the rest, then torch."""
-    backend = {name: bundle.description["engines"][name]["backend"] for name in bundle.engines}
-    executed = {name for name in bundle.engines if bundle.description["engines"][name]["executed"]}
-    order, seen = [first], {backend[first]}
-    for wanted in ("tensorrt", "onnxruntime", "openvino"):
-        for name in bundle.engines:
-            if name in executed and backend[name] == wanted and wanted not in seen:
-                order.append(name)
-                seen.add(wanted)
-    return [*order, TORCH]
+def lane_order(bundle: Bundle, wanted: str | None) -> list[str]:
+    """Who answers, in order: the engine that was asked for, if one was, then `serving.engine_order`."""
+    order = engine_order(bundle)
+    return list(order) if wanted is None else [wanted, *(name for name in order if name != wanted)]

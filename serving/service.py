@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from hstu.data.histories import Histories
-from hstu.errors import InputError, UsageError
+from hstu.errors import ArtifactError, InputError, MissingBackendError, UsageError
 from hstu.signature import CacheForm
 from serving.bundle import Bundle
 from serving.cache import HotCache
 from serving.engine import Array, check_feeds
 from serving.fallback import LOG, Breaker, Chain, Choice, Fallback
 from serving.items import EMBEDDING_CODEC, ItemEmbeddings
-from serving.lanes import TORCH, Lane, engine_order, opener
+from serving.engine_order import TORCH
+from serving.lanes import Lane, lane_order, opener
 from serving.processes import Worker
 from serving.requests import encode_requests
 from serving.schemas import (
@@ -77,9 +78,8 @@ class Service:
         )
         self.users = UserLogs(max_users=settings.max_users, max_events=bundle.config.max_history)
         self.chain = Chain(strict=settings.strict)
-        first = settings.engine or bundle.engines[0]
-        bundle.engine_folder(first)  # names the known ones when there is no such engine
-        self.order = engine_order(bundle, first)
+        bundle.engine_folder(settings.engine)  # names the known ones when there is no such engine
+        self.order = lane_order(bundle, settings.engine)
         self.lanes = {
             name: Lane(
                 name,
@@ -93,7 +93,7 @@ class Service:
         }
         self.workers: dict[str, Worker] = {}
         if settings.ranker and bundle.config.tasks:
-            self.workers["ranker"] = Worker("ranker", bundle.path, engine=first, threads=settings.threads)
+            self.workers["ranker"] = Worker("ranker", bundle.path, engine=settings.engine, threads=settings.threads)
         if settings.vllm:
             self.workers["slates"] = Worker("slates", bundle.path, threads=settings.threads)
         self.breakers = {name: Breaker(f"the {name} worker") for name in ("ranker", "slates")}
@@ -105,17 +105,30 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether the first engine answers."""
-        return self.lanes[self.order[0]].stateful is not None
+        """Whether an engine answers."""
+        return any(self.lanes[name].stateful is not None for name in self.order)
 
     async def start(self) -> None:
         """The engine is open and has answered once; workers are up, or starting under care."""
         await asyncio.gather(*(worker.start() for worker in self.workers.values()))
-        for name in self.order[: 1 if self.settings.strict else None]:
-            await self.lanes[name].open()  # those that answer in its place too: a fallback has no time to load a model
+        await self._open_lanes()
         await self._warm_up()
         self._prefetching = asyncio.create_task(self._prefetch(), name="prefetch")
         LOG.info("serving bundle %s with %s", self.bundle.artifact.id[:12], " → ".join(self.order))
+
+    async def _open_lanes(self) -> None:
+        """Every engine that may be asked is open: a fallback has no time to load a model.
+
+        One that cannot run here is down, as answers will say; when it was asked for by name, or with `strict`, that
+        is an error.
+        """
+        for place, name in enumerate(self.order[: 1 if self.settings.strict else None]):
+            try:
+                await self.lanes[name].open()
+            except (MissingBackendError, ArtifactError) as error:
+                if self.settings.strict or name == self.order[-1] or (place == 0 and self.settings.engine is not None):
+                    raise
+                self.lanes[name].breaker.failed(error, at_once=True)
 
     async def _warm_up(self) -> None:
         """The first engine has answered every kind of request once, so that no user waits for its first time."""
@@ -381,8 +394,7 @@ class Service:
         return tasks, None if used == "unranked" else used, fallbacks
 
     async def _rank(self, history: Histories, candidates: Array, until: float) -> Array:
-        stateful = await self.lanes[self.order[0]].open()
-        feeds = feeds_for_rank(history, candidates, stateful)
+        feeds = feeds_for_rank(history, candidates, self.bundle.config)
         async with asyncio.timeout(_WORKER_SHARE * max(until - time.monotonic(), 0.0)):
             answer = await self.workers["ranker"].ask({}, feeds)
         return np.asarray(answer["task_scores"][0])
@@ -390,7 +402,7 @@ class Service:
     async def _rank_torch(self, history: Histories, candidates: Array, _: float) -> Array:
         lane = self.lanes[TORCH]
         stateful = await lane.open()
-        feeds = feeds_for_rank(history, candidates, stateful)
+        feeds = feeds_for_rank(history, candidates, self.bundle.config)
         check_feeds(stateful.engine.config, "rank", feeds)
         answer = await lane.run(lambda: stateful.engine.run("rank", feeds))
         return np.asarray(answer["task_scores"][0])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hstu.config import HSTUConfig
 from hstu.data.histories import Histories, histories_from_rows
 from hstu.errors import CompilerError
 from serving.cache import HotCache
@@ -166,6 +167,6 @@ def join(parts: Sequence[Histories]) -> Histories:
     return histories_from_rows([{name: getattr(part, name) for name in names} for part in parts])
 
 
-def feeds_for_rank(history: Histories, candidates: Array, stateful: StatefulEngine) -> dict[str, Array]:
+def feeds_for_rank(history: Histories, candidates: Array, config: HSTUConfig) -> dict[str, Array]:
     """Inputs of `rank` for one history and candidates int64 [C]."""
-    return {**history.feeds(stateful.engine.config), "candidate_ids": np.asarray(candidates, np.int64)[None]}
+    return {**history.feeds(config), "candidate_ids": np.asarray(candidates, np.int64)[None]}

@@ -68,7 +68,7 @@ def run(bundle_path: Path, reports: Path, parts: list[str], settings: LoadSettin
 
 
 def _run_part(part: str, bundle: Bundle, reports: Path, settings: LoadSettings) -> dict[str, Any]:
-    log = reports / ".load.log"
+    log = reports / "load.log"
     log.unlink(missing_ok=True)
     short = min(30.0, settings.seconds / 6.0)
     if part == "naive":
