@@ -18,9 +18,9 @@ from hstu.signature import CacheForm
 from serving.bundle import Bundle
 from serving.cache import HotCache
 from serving.engine import Array, check_feeds
+from serving.engine_order import TORCH
 from serving.fallback import LOG, Breaker, Chain, Choice, Fallback
 from serving.items import EMBEDDING_CODEC, ItemEmbeddings
-from serving.engine_order import TORCH
 from serving.lanes import Lane, lane_order, opener
 from serving.processes import Worker
 from serving.requests import encode_requests
