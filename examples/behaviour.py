@@ -41,7 +41,9 @@ async def main(url: str, requests: Path) -> None:
                     f"({answer.served.runtime}), state {answer.served.cache}, {answer.served.timing.total_ms:.1f} ms"
                 )
                 if chance.random() < 0.5:  # takes the first recommendation
-                    clicked = Event(item_id=answer.items[0].item_id, timestamp=later[-1].timestamp, action="click")
+                    clicked = Event(
+                        item_id=answer.items[0].item_id, timestamp=later[-1].timestamp, action=later[-1].action
+                    )
                     await client.add_events(name, [clicked])
         favourite = await client.recommend(
             user_id="shopper-0", k=5, strategy="unified", task_weights={"monetisation": 3}

@@ -22,7 +22,7 @@ from serving.engine_order import TORCH
 from serving.fallback import LOG, Breaker, Chain, Choice, Fallback
 from serving.items import EMBEDDING_CODEC, ItemEmbeddings
 from serving.lanes import Lane, lane_order, opener
-from serving.processes import Worker
+from serving.processes import Worker, WorkerDownError
 from serving.requests import encode_requests
 from serving.schemas import (
     Event,
@@ -110,11 +110,20 @@ class Service:
 
     async def start(self) -> None:
         """The engine is open and has answered once; workers are up, or starting under care."""
-        await asyncio.gather(*(worker.start() for worker in self.workers.values()))
+        await asyncio.gather(*(self._start_worker(name) for name in self.workers))
         await self._open_lanes()
         await self._warm_up()
         self._prefetching = asyncio.create_task(self._prefetch(), name="prefetch")
         LOG.info("serving bundle %s with %s", self.bundle.artifact.id[:12], " → ".join(self.order))
+
+    async def _start_worker(self, name: str) -> None:
+        """The worker answers; or it is down, and others answer for it until it does; with `strict` an error."""
+        try:
+            await self.workers[name].start()
+        except WorkerDownError as error:
+            if self.settings.strict:
+                raise
+            self.breakers[name].failed(error, at_once=True)
 
     async def _open_lanes(self) -> None:
         """Every engine that may be asked is open: a fallback has no time to load a model.

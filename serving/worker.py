@@ -21,6 +21,7 @@ from hstu.data.histories import histories_from_rows
 from hstu.errors import CompilerError, InputError
 from serving.bundle import Bundle, open_bundle
 from serving.engine import Array, check_feeds, open_engine
+from serving.engine_order import open_default
 from serving.frames import encode, receive_blocking
 
 Arrays = Mapping[str, Array]
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _serve_ranker(connection: socket.socket, bundle: Bundle, engine_name: str | None) -> None:
-    engine = open_engine(bundle.engine_folder(engine_name))
+    engine = open_default(bundle)[0] if engine_name is None else open_engine(bundle.engine_folder(engine_name))
     connection.sendall(encode({"ready": True, "precision": engine.precision}, {}))
 
     def rank(feeds: Arrays) -> Arrays:
