@@ -615,6 +615,22 @@ def compare_caches(
     settings.show(rows, compare.text_table(rows))
 
 
+@command("plan")
+def plan(
+    settings: Settings,
+    qps: Annotated[float, typer.Option(min=0.001, help="Requests per second.")],
+    p99_ms: Annotated[float, typer.Option(min=0.1, help="What 99 of 100 requests may take.")],
+    case: Annotated[str, typer.Option(help="Of the benchmark.")] = "trained",
+    engine: Annotated[str | None, typer.Option(metavar="'BACKEND PRECISION'", help="Default: the fastest.")] = None,
+    cache_mib: Annotated[int, typer.Option(min=0, help="Of each replica.")] = 256,
+) -> None:
+    """Say how many replicas a load needs, from benchmark.json by simulation, checked against load.json."""
+    from stages import plan as planning
+
+    found = planning.make_plan(settings.reports, qps=qps, p99_ms=p99_ms, case=case, engine=engine, cache_mib=cache_mib)
+    settings.show(planning.to_dict(found), planning.render(found))
+
+
 @command("estimate")
 def estimate(
     settings: Settings,
