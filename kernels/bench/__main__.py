@@ -61,7 +61,7 @@ def supervise(given: argparse.Namespace, argv: list[str]) -> int:
     code, restarts = 1, 0
     while time.time() < until - 5 and restarts < 40:
         child = subprocess.Popen(
-            [sys.executable, "-m", "kernels.bench", *argv, "--until", str(until)], env=environment
+            [sys.executable, "-m", str(__package__), *argv, "--until", str(until)], env=environment
         )  # fmt: skip
         code = _watch(child, record, until, STALL_INTERPRETED_S if given.interpret else STALL_S)
         if code in (0, 2):
