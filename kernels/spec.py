@@ -45,7 +45,7 @@ class Kernel:
     """A kernel to compile. `function` stands in kernels/<op>/triton.py; `grid` are expressions over constants and the
     sizes that a launch names; `ranges` (lowest, highest) hold for these sizes; `matrix`: a product large enough for the
     tensor cores of its SM is in it; `configs` in the order in which they are preferred until something is measured, and
-    `ampere_configs` instead of them below sm_90, whose products keep more in registers."""
+    `ampere_configs` before them below sm_90, whose products keep more in registers."""
 
     op: str
     name: str
@@ -70,7 +70,8 @@ class Kernel:
 
 def configs_for(kernel: Kernel, sm: int) -> tuple[Config, ...]:
     """The configs to try on an SM, the preferred first."""
-    return kernel.ampere_configs if sm < 90 and kernel.ampere_configs else kernel.configs
+    first = kernel.ampere_configs if sm < 90 else ()
+    return (*first, *(config for config in kernel.configs if config not in first))
 
 
 INT32 = (0, 2**31 - 1)

@@ -21,6 +21,7 @@ from typing import Any
 
 STALL_S = 90.0  # no task takes so long on a GPU; torch.compile's first answer is the slowest
 STALL_INTERPRETED_S = 600.0
+REFRESH_S = 15.0  # how old the report may be, should this process be killed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +64,7 @@ def supervise(given: argparse.Namespace, argv: list[str]) -> int:
         child = subprocess.Popen(
             [sys.executable, "-m", str(__package__), *argv, "--until", str(until)], env=environment
         )  # fmt: skip
-        code = _watch(child, record, until, STALL_INTERPRETED_S if given.interpret else STALL_S)
+        code = _watch(child, given.out, until, STALL_INTERPRETED_S if given.interpret else STALL_S)
         if code in (0, 2):
             break
         restarts += 1
@@ -75,12 +76,16 @@ def supervise(given: argparse.Namespace, argv: list[str]) -> int:
     return 0 if report["checks"] and all(check.get("ok") for check in report["checks"].values()) else 1
 
 
-def _watch(child: subprocess.Popen[bytes], record: Path, until: float, stall_s: float) -> int:
-    """The child's exit code; it is killed when it stalls or when the time is over."""
+def _watch(child: subprocess.Popen[bytes], out: Path, until: float, stall_s: float) -> int:
+    """The child's exit code; it is killed when it stalls or when the time is over. The report is kept up to date."""
+    record, written = record_of(out), time.time()
     while True:
         try:
             return child.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
+            if time.time() - written > REFRESH_S:
+                write(out, record, finished=False)
+                written = time.time()
             last = record.stat().st_mtime if record.is_file() else time.time()
             if time.time() > until + 5 or time.time() - last > stall_s:
                 child.kill()
