@@ -458,6 +458,13 @@ def test_a_worker_answers_times_and_measures_its_memory(engine: Worker) -> None:
     assert 0 < engine.call("peak_mib") < 200
 
 
+def test_every_runtime_keeps_the_memory_it_frees(engine: Worker) -> None:
+    """Otherwise a ratio to eager PyTorch would measure how glibc gives memory back."""
+    environment = Path(f"/proc/{engine.pid}/environ").read_bytes().split(b"\0")
+    assert {b"MALLOC_MMAP_MAX_=0", b"OMP_NUM_THREADS=1"} <= set(environment)
+    assert any(value.startswith(b"MALLOC_TRIM_THRESHOLD_=") for value in environment)
+
+
 def test_an_engine_answers_a_returning_user_from_the_state_of_the_visit_before(engine: Worker) -> None:
     engine.receive(timeout_s=60)
     asked = request()
