@@ -406,14 +406,22 @@ def gate(
     ] = None,
     accept: Annotated[bool, typer.Option("--accept", help="Make the current benchmark the baseline.")] = False,
     reason: Annotated[str | None, typer.Option(help="Why the baseline changes (with --accept).")] = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", help="Run the bundle side by side with this one instead.")
+    ] = None,
 ) -> None:
-    """Compare reports/benchmark.json with the baseline; exit 5 on a regression."""
+    """Compare reports/benchmark.json with the baseline, or two bundles side by side; exit 5 on a regression."""
     from stages import gate as gating
+    from stages.gate_bundles import gate_against
 
-    verdict = gating.run_gate(settings.workspace(), baseline=baseline, accept=accept, reason=reason)
+    workspace = settings.workspace()
+    if against is not None:
+        verdict = gate_against(workspace, against)
+    else:
+        verdict = gating.run_gate(workspace, baseline=baseline, accept=accept, reason=reason)
     settings.show(verdict.to_dict(), verdict.text)
     if not verdict.passed:
-        raise GateError("the benchmark is worse than the baseline", fix="see the rows above")
+        raise GateError("this is worse than the baseline", fix="see the rows above")
 
 
 KeyOption = Annotated[Path | None, typer.Option("--key", metavar="PUB.pem", help="Public key it must be signed with.")]

@@ -22,7 +22,7 @@ BENCHMARK = "benchmark.json"
 BASELINE = "baseline.json"
 SCHEMA = 1
 _SHARES = (
-    "run_noise", "other_machine_noise", "max_quality_drop", "max_overlap_drop", "max_memory_growth",
+    "run_noise", "other_machine_noise", "max_quality_drop", "max_overlap_drop", "max_memory_growth", "max_size_growth",
 )  # fmt: skip
 _ACCEPT = 'python cli.py gate --accept --reason "why this is the new standard"'
 
@@ -39,6 +39,10 @@ class GateParams:
     max_overlap_drop: float
     max_error_growth: float
     max_memory_growth: float
+    max_size_growth: float
+    noticed_slowdown: float
+    openings: int
+    rounds: int
 
     def __post_init__(self) -> None:
         require(bool(self.cases), "gate.cases: none", got=[], expected="at least one case")
@@ -46,6 +50,10 @@ class GateParams:
         for name in _SHARES:
             value = getattr(self, name)
             require(0 <= value <= 1, f"gate.{name}: out of range", got=value, expected="0..1")
+        require(0 < self.noticed_slowdown < 1, "gate.noticed_slowdown: out of range",
+                got=self.noticed_slowdown, expected="0..1")  # fmt: skip
+        require(self.openings >= 3 and self.rounds >= 1, "gate.openings, rounds: too few",
+                got=(self.openings, self.rounds), expected="openings >= 3, rounds >= 1")  # fmt: skip
         require(self.max_error_growth >= 1, "gate.max_error_growth: out of range",
                 got=self.max_error_growth, expected=">= 1")  # fmt: skip
 

@@ -133,11 +133,13 @@ class Seat:
         """The outputs of one request."""
         return dict(self._model().answer(entry, request))
 
-    def time(self, entry: BenchmarkEntry, requests: Sequence[Request], *, wake: bool) -> tuple[list[float], float]:
+    def time(
+        self, entry: BenchmarkEntry, requests: Sequence[Request], *, wake: bool, slower: float = 0.0
+    ) -> tuple[list[float], float]:
         """Seconds of each request, and those its threads waited for a core meanwhile, together.
 
         With `wake` the first request is answered once before, to bring back caches and threads. The turn ends
-        when all threads sleep.
+        when all threads sleep. `slower` makes every answer take longer by that share.
         """
         runtime = self._model()
         if wake:
@@ -149,6 +151,9 @@ class Seat:
                 runtime.remember(request)  # the visit before
             started = time.perf_counter()
             runtime.answer(entry, request)
+            end = time.perf_counter() + slower * (time.perf_counter() - started)
+            while time.perf_counter() < end:
+                pass
             seconds.append(time.perf_counter() - started)
         waited = process.core_wait_s() - waited_before
         process.wait_until_idle(IDLE_SECONDS)

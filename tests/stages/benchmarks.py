@@ -40,6 +40,10 @@ PARAMS = GateParams(
     max_overlap_drop=0.05,
     max_error_growth=3.0,
     max_memory_growth=0.25,
+    max_size_growth=0.05,
+    noticed_slowdown=0.03,
+    openings=6,
+    rounds=20,
 )
 METRICS = {
     "checkpoint": {"hr_at_10": 0.49, "ndcg_at_10": 0.24, "popularity_hr_at_10": 0.04, "auc_engagement": 0.59},

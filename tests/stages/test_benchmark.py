@@ -703,7 +703,8 @@ def test_the_stage_measures_peers_and_slates_and_publishes_its_report(artifacts:
     rewrite(bundle)
     gate_values = {"cases": ["trained"], "max_slowdown": 0.2, "run_noise": 0.05, "other_machine_noise": 0.15,
                    "max_quality_drop": 0.01, "max_overlap_drop": 0.05, "max_error_growth": 3.0,
-                   "max_memory_growth": 0.25}  # fmt: skip
+                   "max_memory_growth": 0.25, "max_size_growth": 0.05, "noticed_slowdown": 0.03, "openings": 6,
+                   "rounds": 20}  # fmt: skip
     params = PARAMS | {"threads": ["one", "all"], "compile_batches": [1], "first_answer_s": 240.0}
     workspace = Workspace(artifacts=artifacts, reports=tmp_path, values={"benchmark": params, "gate": gate_values})
     artifact = execute(benchmark.STAGE, workspace)

@@ -1,0 +1,148 @@
+"""Two bundles against each other on this machine: speed side by side, quality and size to the last digit.
+
+The gate of two files (`stages.gate`) compares runs of different days; here both bundles run at the same time, so an
+engine that is a tenth slower is found out where that one must allow for a third.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hstu.artifact import Artifact, open_artifact
+from hstu.config import HSTUConfig
+from hstu.errors import UsageError
+from stages.contract import Workspace, say
+from stages.gate import GateParams, Verdict
+from stages.gate_checks import MAX_CORE_WAIT, Check, Status
+from stages.parameters import load_params
+
+if TYPE_CHECKING:
+    from stages.measure.side_by_side import Difference
+
+QUALITY = "quality.json"  # of an engine: the figures of its gate
+# Student's t, 95 % two-sided, by degrees of freedom: a handful of openings is a small sample.
+T975 = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 11: 2.201, 15: 2.131}
+
+
+def gate_against(workspace: Workspace, baseline: Path) -> Verdict:
+    """The workspace's bundle against another, with the parameters of section `gate`."""
+    params = load_params(GateParams, workspace.values.get("gate", {}), section="gate")
+    return compare_bundles(baseline, workspace.artifacts / "bundle", params)
+
+
+def compare_bundles(baseline: Path, candidate: Path, params: GateParams, *, slower: float = 0.0) -> Verdict:
+    """Every engine of the baseline against the candidate's of the same name.
+
+    Raises UsageError when the models are of different shapes. `slower` see `measure_difference`.
+    """
+    before, now = (open_artifact(path, stage="bundle") for path in (baseline, candidate))
+    config = HSTUConfig.from_pretrained(before.path)
+    if HSTUConfig.from_pretrained(now.path) != config:
+        raise UsageError(
+            "the bundles hold models of different shapes: their speeds do not compare",
+            got=str(candidate),
+            expected=str(baseline),
+        )
+    checks = [check_size(_bytes(before), _bytes(now), params.max_size_growth)]
+    for name in _engines(before):
+        folders = [bundle.path / "engines" / name for bundle in (before, now)]
+        if not folders[1].is_dir():
+            checks.append(Check(kind="coverage", what=name, status="fail", got="missing", limit="present"))
+            continue
+        figures = [json.loads((folder / QUALITY).read_text()) for folder in folders]
+        checks += check_quality(name, figures[0], figures[1], params)
+        checks += _speed(name, folders, config, params, slower)
+    return Verdict(checks=tuple(checks))
+
+
+def check_size(before: int, now: int, max_growth: float) -> Check:
+    """The bytes of the whole bundle."""
+    limit = before * (1 + max_growth)
+    return Check(
+        kind="size",
+        what="bundle",
+        status="pass" if now <= limit else "fail",
+        got=f"{now / 2**20:.2f} MiB",
+        limit=f"<= {limit / 2**20:.2f} MiB",
+    )
+
+
+def check_quality(name: str, before: dict[str, float], now: dict[str, float], params: GateParams) -> list[Check]:
+    """The figures of the engine's own gate; one that is missing fails."""
+    checks = []
+    for figure, old in sorted(before.items()):
+        new, limit = now.get(figure), old - params.max_quality_drop
+        status: Status = "pass" if new is not None and new >= limit else "fail"
+        got = "missing" if new is None else f"{new:.4f}"
+        checks.append(Check(kind="quality", what=f"{name} {figure}", status=status, got=got, limit=f">= {limit:.4f}"))
+    return checks
+
+
+def check_speed(name: str, difference: Difference, noticed: float) -> Check:
+    """Slower beyond doubt by more than `noticed` fails; surely not slower by twice that passes; else inconclusive."""
+    mean, margin = mean_with_margin(difference.logs)
+    disturbed = difference.wait_share > MAX_CORE_WAIT
+    status: Status = "inconclusive"
+    if not disturbed and mean - margin > math.log1p(noticed):
+        status = "fail"
+    elif not disturbed and mean + margin < math.log1p(2 * noticed):
+        status = "pass"
+    times = f"{np.median(difference.candidate_ms):.4g} ms beside {np.median(difference.baseline_ms):.4g}"
+    busy = ", other work had the cores" if disturbed else ""
+    return Check(
+        kind="speed",
+        what=name,
+        status=status,
+        got=f"{times}: {math.expm1(mean):+.1%} ± {math.expm1(margin):.1%}{busy}",
+        limit=f"<= {noticed:+.0%}",
+    )
+
+
+def mean_with_margin(logs: Sequence[float]) -> tuple[float, float]:
+    """The mean and half of its 95 % confidence interval (Student's t)."""
+    count = len(logs)
+    quantile = T975[max(df for df in T975 if df <= count - 1)]
+    return float(np.mean(logs)), quantile * float(np.std(logs, ddof=1)) / math.sqrt(count)
+
+
+def _speed(name: str, folders: Sequence[Path], config: HSTUConfig, params: GateParams, slower: float) -> list[Check]:
+    from serving.engine import read_spec
+    from stages.measure.cases import Cell
+    from stages.measure.contestants import Contestant
+    from stages.measure.side_by_side import measure_difference
+
+    specs = [read_spec(folder) for folder in folders]
+    if not specs[0].executed:
+        return []
+    sides = [
+        Contestant(
+            runtime="engine",
+            backend=spec.backend,
+            precision=spec.precision,
+            folder=folder,
+            checkpoint=folder.parents[1],
+        )
+        for spec, folder in zip(specs, folders, strict=True)
+    ]
+    cell = Cell(case="trained", entry="retrieve", batch=1, length=config.max_history, occupancy=1.0, thread_mode="one")
+    difference = measure_difference(
+        sides[0], sides[1], config, cell, openings=params.openings, rounds=params.rounds, seed=0, slower=slower
+    )
+    check = check_speed(f"{name} retrieve, one user, one thread", difference, params.noticed_slowdown)
+    say(f"gate: {check.what}: {check.got}")
+    return [check]
+
+
+def _engines(bundle: Artifact) -> list[str]:
+    files = bundle.manifest["files"]
+    return sorted({name.split("/")[1] for name in files if name.startswith("engines/")})
+
+
+def _bytes(bundle: Artifact) -> int:
+    return sum(entry["bytes"] for entry in bundle.manifest["files"].values())
