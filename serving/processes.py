@@ -105,7 +105,7 @@ class Worker:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "serving.worker",
+                f"{__package__}.worker",
                 *self._arguments,
                 str(theirs.fileno()),
                 *self._engine,
