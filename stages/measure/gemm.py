@@ -14,6 +14,7 @@ from serving.engine import Array
 from stages.measure.statistics import significant
 
 LEAST_ROWS = 512  # fewer would not fill the caches' tiles, and the roof is the best that can be had
+LARGE = (512, 1024, 1024)  # large enough to hide what a call costs, which for a small model is most of a product
 TRIALS = 6  # of every library and shape in turn, to find the fastest
 TURN = 3  # products a turn, of which the fastest counts
 ONNX_OPSET, ONNX_IR = 20, 10
@@ -48,8 +49,8 @@ class Roof:
     """The fastest product of each precision, found among PyTorch, NumPy, ONNX Runtime and OpenVINO.
 
     The shapes are those of the fused projection [rows, D] · [D, 2H(dqk + dv)] and of the output
-    [rows, H·dv] · [H·dv, D], with as many rows as a history is long. There is none for fp16: CPUs without
-    AVX512-FP16 emulate it.
+    [rows, H·dv] · [H·dv, D], with as many rows as a history is long, and one large product beside them. There is
+    none for fp16: CPUs without AVX512-FP16 emulate it.
     """
 
     def __init__(self, config: HSTUConfig, threads: int) -> None:
@@ -57,6 +58,7 @@ class Roof:
         shapes = {
             (rows, config.embedding_dim, config.uvqk_dim),
             (rows, config.num_heads * config.v_dim, config.embedding_dim),
+            LARGE,
         }
         self.best: dict[str, Product] = {}
         for precision, libraries in LIBRARIES.items():
