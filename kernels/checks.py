@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +45,16 @@ def head_rows(name: str, x: Tensor) -> int:
             fix=f"pass {name}.contiguous()",
         )
     return int(x.stride(0))
+
+
+def require_reach(longest: int, strides: Mapping[str, int]) -> None:
+    """KernelError where a user's last row lies 2³¹ elements or more behind the first: kernels count in int32 there."""
+    for name, stride in strides.items():
+        if longest * stride >= 2**31:
+            raise KernelError(
+                f"{name}: a user's rows reach too far", got=f"{longest} rows, {stride} elements apart",
+                expected="less than 2³¹ elements in all", fix="shorter histories, or rows that lie closer together",
+            )  # fmt: skip
 
 
 def matrix_rows(name: str, x: Tensor) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.checks import dtype_name, head_rows, require_offsets, require_shape, require_type
+from kernels.checks import dtype_name, head_rows, require_offsets, require_reach, require_shape, require_type
 from kernels.errors import KernelError
 from kernels.hstu_attention.variants import name
 from kernels.spec import Launch
@@ -61,6 +61,7 @@ def launch(
     for n, x in (("k", k), ("v", v), ("out", out), *((("u", u),) if u is not None else ())):
         require_type(n, x, q.dtype)
         require_shape(n, x, (rows, heads, width))
+    require_reach(longest, strides)
     users = len(offsets) - 1
     for n, x, size in (("offsets", offsets, users + 1), ("num_targets", num_targets, users)):
         require_type(n, x, torch.int64)

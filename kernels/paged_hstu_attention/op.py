@@ -7,7 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.checks import dtype_name, head_rows, matrix_rows, require_offsets, require_shape, require_type
+from kernels.checks import (
+    dtype_name,
+    head_rows,
+    matrix_rows,
+    require_offsets,
+    require_reach,
+    require_shape,
+    require_type,
+)
 from kernels.errors import KernelError
 from kernels.hstu_attention.op import EDGES
 from kernels.paged_hstu_attention.variants import name
@@ -129,6 +137,7 @@ def extend(
     for n, x in (("k", k), ("v", v), ("out", out)):
         require_type(n, x, q.dtype)
         require_shape(n, x, q.shape)
+    require_reach(longest, strides)
     requests = len(starts) - 1
     if requests < 1 or rows == 0:
         raise KernelError("an empty batch: nothing to attend", got=f"{requests} requests, {rows} rows")

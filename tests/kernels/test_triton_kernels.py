@@ -77,6 +77,7 @@ BAD_ATTENTION = {
     "short offsets": (lambda: {"offsets": torch.tensor([0, 4, 4, 9])}, "offsets do not rise"),
     "int32 offsets": (lambda: {"offsets": torch.tensor([0, 4, 4, 10], dtype=torch.int32)}, "offsets: wrong type"),
     "too long": (lambda: {"longest": 9}, "longer than the model's positions"),
+    "too far apart": (lambda: {"longest": 2**27, "max_length": 2**28}, "reach too far"),
     "longer than said": (lambda: {"longest": 5}, "more rows than `longest`"),
     "too many targets": (lambda: {"num_targets": torch.tensor([5, 0, 0])}, "more targets than rows"),
     "no users": (lambda: {"offsets": torch.tensor([0]), "num_targets": torch.tensor([], dtype=torch.int64)}, "empty"),
