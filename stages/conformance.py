@@ -162,7 +162,10 @@ def build_row(
 
 
 def write_graphs(config: HSTUConfig, folder: Path) -> None:
-    """`folder` holds what surgery makes of a model of random weights: every pass, without its numeric checks."""
+    """`folder` holds what surgery makes of a model of random weights: every pass, without its numeric checks.
+
+    Without `packing`, that is: it writes graphs of its own, which TensorRT's target does not take.
+    """
     from hstu.artifact import encode_json
     from hstu.checkpoints.huggingface import load_pretrained
     from stages import onnx_files
@@ -180,7 +183,7 @@ def write_graphs(config: HSTUConfig, folder: Path) -> None:
         for name in names:
             onnx_files.write_model(export_entry(model, name, opset=20, writer=writer), folder, name, writer)
     del model
-    for pass_name in MODULES:
+    for pass_name in (name for name in MODULES if name != "packing"):
         models = onnx_files.read_models(folder, names)
         models = {name: apply_pass(pass_name, models.pop(name), config) for name in names}
         onnx_files.write_models(models, folder)

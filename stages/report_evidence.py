@@ -9,6 +9,7 @@ from typing import Any
 
 from hstu.artifact import MANIFEST, open_artifact
 from hstu.errors import InputError
+from stages import conformance
 from stages.caching.compare import read_scores
 from stages.contract import Workspace
 from stages.gate import BASELINE, BENCHMARK, GateParams, Verdict, check, read_metrics
@@ -30,6 +31,7 @@ class Evidence:
     lineage: Mapping[str, tuple[str, Mapping[str, Any]]]  # name → id and manifest
     cache_scores: Sequence[Mapping[str, Any]]  # of `compare-caches`; none when it was not run
     built_only: Mapping[str, Mapping[str, Any]]  # engines that no device here can run: name → manifest
+    conformance: tuple[conformance.Row, ...]  # the matrix of models, entries and precisions; empty when it was not run
 
     @property
     def rows(self) -> list[Row]:
@@ -61,4 +63,5 @@ def gather(workspace: Workspace) -> Evidence:
         lineage=lineage | {"bundle": (bundle.id, bundle.manifest)},
         cache_scores=read_scores(workspace.reports),
         built_only=built_only,
+        conformance=tuple(conformance.read_rows(workspace.reports / conformance.FILE)),
     )

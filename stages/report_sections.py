@@ -205,7 +205,7 @@ def gate(evidence: Evidence) -> str:
 def conformance(evidence: Evidence) -> str:
     """Engines that were built from the same ONNX for devices that are not here."""
     if not evidence.built_only:
-        return "<p>None was built in this workspace.</p>"
+        return _matrix(evidence) or "<p>None was built in this workspace.</p>"
     rows = []
     for name, manifest in evidence.built_only.items():
         platform = manifest.get("platform", {})
@@ -218,7 +218,26 @@ def conformance(evidence: Evidence) -> str:
         "NVIDIA's own parser and builder took the graph and built an engine from it. No device here can run it, so "
         "nothing is said of its answers or its speed."
     )
-    return f"<p>{note}</p>{table(('engine', 'built by', 'state', 'for', 'size'), rows, numeric_from=4)}"
+    engines = table(("engine", "built by", "state", "for", "size"), rows, numeric_from=4)
+    return f"<p>{note}</p>{engines}{_matrix(evidence)}"
+
+
+def _matrix(evidence: Evidence) -> str:
+    """Which graphs of which models NVIDIA's builder took, and its own reason for each that it refused."""
+    if not evidence.conformance:
+        return ""
+    found = {(row.model, row.entry, row.precision): row for row in evidence.conformance}
+    columns = list(dict.fromkeys(row.precision for row in evidence.conformance))
+    rows = []
+    for model, entry in dict.fromkeys((row.model, row.entry) for row in evidence.conformance):
+        cells = [found.get((model, entry, precision)) for precision in columns]
+        rows.append([model, entry, *(cell.result if cell else "–" for cell in cells)])
+    refused = [row for row in evidence.conformance if row.result == "rejected"]
+    reasons = "".join(f"<li>{escape(f'{row.model} {row.entry} {row.precision}: {row.reason}')}</li>" for row in refused)
+    versions = ", ".join(sorted({f"{row.product} {row.version}" for row in evidence.conformance}))
+    note = f"{len(evidence.conformance) - len(refused)} of {len(evidence.conformance)} graphs built by {versions}."
+    listed = f"<ul>{reasons}</ul>" if reasons else ""
+    return f'{table(("model", "entry", *columns), rows, numeric_from=9)}{listed}<p class="caption">{escape(note)}</p>'
 
 
 def lineage(evidence: Evidence) -> str:

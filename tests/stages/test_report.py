@@ -13,6 +13,7 @@ import pytest
 
 from hstu.artifact import encode_json, open_artifact
 from hstu.errors import InputError
+from stages import conformance
 from stages.contract import Workspace
 from stages.report import PAGE, page, write_plots, write_report_page
 from stages.report_evidence import Evidence, gather
@@ -247,3 +248,16 @@ def test_an_engine_that_was_executed_is_no_conformance_row(workspace: Workspace,
     evidence = gather(dataclasses.replace(workspace, artifacts=only))
     assert evidence.built_only == {}
     assert "None was built" in page(evidence)
+
+
+def test_the_page_has_the_conformance_matrix_and_every_refusal(workspace: Workspace) -> None:
+    rows = [
+        conformance.Row(
+            model="ml-1m", entry="retrieve", precision=precision, product="TensorRT-RTX", version="1.7.1.116",
+            result="rejected" if reason else "built", reason=reason, engine_sha256=None if reason else "0" * 64,
+        )
+        for precision, reason in (("fp32", None), ("int8", "Node <x> is not supported"))
+    ]  # fmt: skip
+    html = page(dataclasses.replace(gather(workspace), conformance=tuple(rows)))
+    assert "ml-1m retrieve int8: Node &lt;x&gt; is not supported" in html
+    assert "1 of 2 graphs built by TensorRT-RTX 1.7.1.116." in html
