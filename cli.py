@@ -606,7 +606,7 @@ def doctor(
     if machine_facts is not None:
         write_machine_facts(machine_facts)
         return
-    facts = examine()
+    facts = examine(artifacts=settings.artifacts)
     settings.show(facts, render(facts))
 
 

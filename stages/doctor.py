@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from stages import backends, installed, machine
+from stages.built_engines import BuiltEngine, built_engines
 from stages.contract import write_report
 
 PYTHON = (3, 11)
 
 
-def examine(*, probes: bool = True) -> dict[str, Any]:
+def examine(*, probes: bool = True, artifacts: Path | None = None) -> dict[str, Any]:
     """Everything found, as JSON-able values; `problems` lists what keeps this environment from working.
 
-    Without `probes` no library is tried, only looked up: that takes a second instead of ten.
+    Without `probes` no library is tried, only looked up: that takes a second instead of ten. Of the engines below
+    `artifacts` it says what built them, and whether they were executed.
     """
     lock = installed.lock_in_use()
     packages = installed.locked_packages(lock) if lock else []
@@ -66,6 +68,7 @@ def examine(*, probes: bool = True) -> dict[str, Any]:
             "cuda": gpus.cuda,
         },
         "backends": [b.to_dict() for b in found],
+        "engines": [asdict(engine) for engine in built_engines(artifacts)] if artifacts else [],
     }
 
 
@@ -88,6 +91,8 @@ def render(facts: dict[str, Any]) -> str:
         lines.append(f"{backend['name']:<14}{backend['status']:<13}{backend['purpose']}")
         details = "; ".join(f"{key} {_text(value)}" for key, value in backend["facts"].items())
         lines += [f"{'':<27}{line}" for line in (details, backend.get("problem"), backend.get("fix")) if line]
+    if facts["engines"]:
+        lines += ["", *(f"engine {BuiltEngine(**engine)}" for engine in facts["engines"])]
     lines += ["", f"Python {facts['python']['version']} in {facts['python']['prefix']}, held against {facts['lock']}"]
     for package in facts["packages"]:
         note = "" if package["status"] == "ok" else f"  ← {package['status']}: the lock has {package['locked']}"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hstu.artifact import write_manifest
 from stages import backends, doctor, installed, machine
 from stages.backends import Probe, probe_backend
 
@@ -242,3 +243,21 @@ def test_a_containers_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_disk_space_of_a_folder_that_is_not_yet(tmp_path: Path) -> None:
     assert machine.free_disk_bytes(tmp_path / "a" / "b") > 0
+
+
+def test_engines_say_what_built_them_and_whether_they_ran(tmp_path: Path) -> None:
+    for name, platform in (
+        ("fp32", {"product": "ONNX Runtime", "version": "1.31.1", "executed": True}),
+        ("fp16-tensorrt-rtx", {"product": "TensorRT-RTX", "version": "1.7.1.116", "executed": False}),
+    ):
+        folder = tmp_path / "build-engine" / name
+        folder.mkdir(parents=True)
+        write_manifest(folder, stage="build-engine", params={}, inputs={}, toolchain={}, platform=platform)
+    broken = tmp_path / "build-engine" / "int8"
+    broken.mkdir()
+    (broken / "manifest.json").write_text("{}")
+    text = doctor.render(doctor.examine(probes=False, artifacts=tmp_path))
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.startswith("engine")]
+    assert lines[0] == "engine fp16-tensorrt-rtx TensorRT-RTX 1.7.1.116 built, not executed"
+    assert lines[1] == "engine fp32 ONNX Runtime 1.31.1 executed"
+    assert lines[2].startswith("engine int8 unknown")
