@@ -8,7 +8,6 @@ Requests of equal shape are batched by the server; clients pad histories to a fe
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -24,8 +23,8 @@ _TYPES = {"int64": "TYPE_INT64", "float32": "TYPE_FP32"}
 def write_model_repository(bundle: Path) -> None:
     """`model_repository/onnx` serves as it is; `model_repository/tensorrt` where the bundle has plans.
 
-    The first engine of each backend that the bundle has gives the files, as links to the same bytes. Without an
-    engine of TensorRT its configs alone are written; `gpu-check` makes a repository of the plans that it builds.
+    The first engine of each backend that the bundle has gives the files, as copies: the server wants each model whole
+    in its folder, and ONNX refuses weights that have a second link. Without an engine of TensorRT its configs alone are written; `gpu-check` makes a repository of the plans that it builds.
     """
     config = HSTUConfig.from_pretrained(bundle)
     folders = sorted(path for path in (bundle / "engines").iterdir() if path.is_dir())
@@ -54,11 +53,11 @@ def _profiles(source: Path) -> tuple[str, ...]:
 
 
 def add_version(source: Path, spec: EngineSpec, name: EntryName, target: Path) -> None:
-    """`target` is the entry's file of an engine folder, its weights beside it; linked, so it costs no disk."""
+    """`target` is the entry's file of an engine folder, its weights beside it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    _link(source / spec.entries[name], target)
+    shutil.copyfile(source / spec.entries[name], target)
     if target.suffix == ".onnx" and (source / "weights.bin").is_file():
-        _link(source / "weights.bin", target.parent / "weights.bin")
+        shutil.copyfile(source / "weights.bin", target.parent / "weights.bin")
 
 
 def server_config(config: HSTUConfig, name: EntryName, kind: str, profiles: tuple[str, ...] = PROFILES) -> str:
@@ -88,10 +87,3 @@ def _tensor(spec: TensorSpec) -> str:
     dims = [str(size) if isinstance(size, int) else "-1" for size in spec.shape[1:]]
     lines = [f'  name: "{spec.name}"', f"  data_type: {_TYPES[spec.dtype]}", f"  dims: [ {', '.join(dims or ['1'])} ]"]
     return "\n".join([*lines, *([] if dims else ["  reshape { shape: [ ] }"])])
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
