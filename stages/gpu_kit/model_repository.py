@@ -24,7 +24,8 @@ def write_model_repository(bundle: Path) -> None:
     """`model_repository/onnx` serves as it is; `model_repository/tensorrt` where the bundle has plans.
 
     The first engine of each backend that the bundle has gives the files, as copies: the server wants each model whole
-    in its folder, and ONNX refuses weights that have a second link. Without an engine of TensorRT its configs alone are written; `gpu-check` makes a repository of the plans that it builds.
+    in its folder, and ONNX refuses weights that have a second link. Without an engine of TensorRT its configs alone are
+    written; `gpu-check` makes a repository of the plans that it builds.
     """
     config = HSTUConfig.from_pretrained(bundle)
     folders = sorted(path for path in (bundle / "engines").iterdir() if path.is_dir())
