@@ -240,7 +240,8 @@ def _server(bundle: Path, settings: str) -> Iterator[str]:
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(240):
+        deadline = time.monotonic() + 600  # a machine that does other things takes its time
+        while time.monotonic() < deadline:
             if process.poll() is not None:
                 break
             try:
