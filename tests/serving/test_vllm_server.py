@@ -241,9 +241,8 @@ def _server(bundle: Path, settings: str) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 600  # a machine that does other things takes its time
-        while time.monotonic() < deadline:
-            if process.poll() is not None:
-                break
+        while process.poll() is None:
+            assert time.monotonic() < deadline, "the server is not ready after ten minutes"
             try:
                 urllib.request.urlopen(f"{url}/health").close()
                 break
@@ -253,7 +252,10 @@ def _server(bundle: Path, settings: str) -> Iterator[str]:
         yield url
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _post(url: str, body: dict[str, Any]) -> tuple[int, Any]:
