@@ -46,10 +46,11 @@ def test_every_command_line_in_the_documents_is_one(name: str) -> None:
     group: Any = typer.main.get_command(cli.app)
     for arguments in cli_commands(name):
         context = group.make_context("cli.py", list(arguments))
-        command = group.get_command(context, arguments[0])
+        _, (name_of_command, *options), _ = group.make_parser(context).parse_args(list(arguments))  # global ones first
+        command = group.get_command(context, name_of_command)
         assert command is not None, arguments
-        if "…" not in arguments and arguments[1:] != ["COMMAND"]:
-            command.make_context(arguments[0], arguments[1:], parent=context)
+        if "…" not in arguments and options != ["COMMAND"]:
+            command.make_context(name_of_command, options, parent=context)
 
 
 @pytest.mark.parametrize("name", DOCS)

@@ -17,6 +17,7 @@ from hstu.errors import ArtifactError, CompilerError, InputError, MissingBackend
 from hstu.model import HSTU, history_from_feeds
 from hstu.signature import entry_names
 from serving.engine import check_feeds, open_engine
+from serving.engines.tensorrt_facts import BuildFacts
 from serving.engines.torch import TorchEngine, open_torch_engine
 from stages.entry_check import check_batches, random_feeds, worst_error
 from stages.exporter import export_entry
@@ -153,5 +154,11 @@ def test_a_broken_folder_is_one_clear_error(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 def test_a_gpu_engine_says_what_is_missing(folder: Path, tmp_path: Path, backend: str) -> None:
-    with pytest.raises(MissingBackendError, match=r"not installed|there is none here"):
-        open_engine(copied(folder, tmp_path / "engine", spec(backend=backend)))
+    broken = copied(folder, tmp_path / "engine", spec(backend=backend))
+    product, module = {"tensorrt": ("TensorRT", "tensorrt"), "tensorrt-rtx": ("TensorRT-RTX", "tensorrt_rtx")}[backend]
+    built = BuildFacts(
+        product=product, module=module, version="1.0", executed=False, device=None, settings={}, entries={}
+    )
+    built.write(broken)
+    with pytest.raises(MissingBackendError, match=r"not installed|do not run here"):
+        open_engine(broken)
