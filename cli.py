@@ -705,6 +705,9 @@ def reference(settings: Settings) -> None:
     print(render_reference(typer.main.get_command(app)), end="")  # type: ignore[arg-type]
 
 
+INTERRUPTED = 130  # 128 + SIGINT
+
+
 def main() -> None:
     """Run the command line; errors of ours become one message and their exit code."""
     try:
@@ -712,9 +715,10 @@ def main() -> None:
     except CompilerError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; nothing half-written was left\n")
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # what Typer makes of Ctrl-C
+            sys.stderr.write("interrupted; nothing half-written was left\n")
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

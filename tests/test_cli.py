@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import cli
 from stages.pipeline import PIPELINE
 
 ROOT = Path(__file__).parent.parent
@@ -145,3 +146,17 @@ def test_both_readmes_name_the_same_commands():
     assert commands("README.zh-CN.md") == commands("README.md")
     rows = [(ROOT / name).read_text().count("\n| ") for name in ("README.md", "README.zh-CN.md")]
     assert rows[0] == rows[1]
+
+
+def test_ctrl_c_says_what_it_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stages.configure.write_fitted_params", interrupted)
+    monkeypatch.setattr("sys.argv", ["cli.py", "configure", "--output", str(tmp_path / "params.yaml")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert "nothing half-written" in capsys.readouterr().err
