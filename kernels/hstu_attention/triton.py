@@ -84,6 +84,17 @@ def load_rows(pointer, rows, row_stride, limit, MASKED: tl.constexpr, D: tl.cons
 
 
 @triton.jit
+def load_tile(
+    x, rows, start, column, row_stride, limit, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """As `load_rows`; with TMA x is a tensor map, whose box at [start, column] may hold the next user's rows too."""
+    if TMA:
+        return x.load([start, column])
+    return load_rows(x, rows, row_stride, limit, MASKED, D, BLOCK_D)
+
+
+@triton.jit
 def halved(q):
     """q / 2 in its own type, which is exact but for subnormal numbers."""
     return (q.to(tl.float32) * 0.5).to(q.dtype)
@@ -105,21 +116,23 @@ def attended(
     first, length, history,
     DQK: tl.constexpr, DV: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr, FAST: tl.constexpr,
+    begin=0, qk_column=0, v_column=0, TMA: tl.constexpr = False,
 ):  # fmt: skip
     """acc + Σ_j SiLU(..) v_j float32 [BLOCK_M, BLOCK_DV] of rows [first, first + BLOCK_M) of a user, for one head.
 
-    q, k, v, times and next_times point at the user's first row (and at the head).
+    q, k, v, times and next_times point at the user's first row (and at the head). With TMA q, k and v are tensor maps
+    of all rows, in which the user begins at row `begin` and the head at the columns named.
     """
     i = first + tl.arange(0, BLOCK_M)
-    queries = halved(load_rows(q, i, q_row, length, True, DQK, BLOCK_DQK))
+    queries = halved(load_tile(q, i, begin + first, qk_column, q_row, length, True, DQK, BLOCK_DQK, TMA))
     if BIAS:
         time_table, edges = staged_table(time_bias, 0.5), staged_table(bucket_edges, 1.0)
         next_i = tl.load(next_times + i, mask=i < length, other=0)
     whole = tl.minimum(first, history) // BLOCK_N * BLOCK_N  # every row of this block sees every row before this
     for start in tl.range(0, whole, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        keys = load_rows(k, j, k_row, length, False, DQK, BLOCK_DQK)
-        values = load_rows(v, j, v_row, length, False, DV, BLOCK_DV)
+        keys = load_tile(k, j, begin + start, qk_column, k_row, length, False, DQK, BLOCK_DQK, TMA)
+        values = load_tile(v, j, begin + start, v_column, v_row, length, False, DV, BLOCK_DV, TMA)
         bias = 0.0
         if BIAS:
             bias = half_bias(
@@ -135,8 +148,10 @@ def attended(
     for step in tl.range(0, near + own):
         start = tl.where(step < near, whole + step * BLOCK_N, diagonal + (step - near) * BLOCK_N)
         j = start + tl.arange(0, BLOCK_N)
-        keys = load_rows(k, j, k_row, length, True, DQK, BLOCK_DQK)
-        values = load_rows(v, j, v_row, length, True, DV, BLOCK_DV)
+        keys = load_tile(k, j, begin + start, qk_column, k_row, length, True, DQK, BLOCK_DQK, TMA)
+        values = load_tile(v, j, begin + start, v_column, v_row, length, True, DV, BLOCK_DV, TMA)
+        if TMA:  # the next user's rows could hold NaN, which no weight of zero undoes
+            values = tl.where((j < length)[:, None], values, 0.0).to(values.dtype)
         bias = 0.0
         if BIAS:
             times_j = tl.load(times + j, mask=j < length, other=0)
@@ -194,45 +209,12 @@ def attention_tma(
     if first >= length:
         return
     history = length - tl.load(num_targets + user).to(tl.int32)
-    i = first + tl.arange(0, BLOCK_M)
-    queries = halved(q.load([begin + first, head * DQK]))
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    if BIAS:
-        time_table, edges = staged_table(time_bias, 0.5), staged_table(bucket_edges, 1.0)
-        next_i = tl.load(next_times + begin + i, mask=i < length, other=0)
-    whole = tl.minimum(first, history) // BLOCK_N * BLOCK_N
-    for start in tl.range(0, whole, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        keys = k.load([begin + start, head * DQK])
-        values = v.load([begin + start, head * DV])
-        bias = 0.0
-        if BIAS:
-            bias = half_bias(
-                i, j, first, start, history, next_i, tl.load(times + begin + j), position_bias, time_table, edges,
-                max_length, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-        acc = weighted(acc, queries, keys, values, bias, None, False, FAST)
-    last = tl.minimum(first + BLOCK_M, length)
-    near = tl.cdiv(tl.minimum(last, history) - whole, BLOCK_N)
-    diagonal = tl.maximum(first // BLOCK_N * BLOCK_N, whole + near * BLOCK_N)
-    own = tl.where(last > history, tl.maximum(tl.cdiv(last - diagonal, BLOCK_N), 0), 0)
-    for step in tl.range(0, near + own):
-        start = tl.where(step < near, whole + step * BLOCK_N, diagonal + (step - near) * BLOCK_N)
-        j = start + tl.arange(0, BLOCK_N)
-        keys = k.load([begin + start, head * DQK])
-        values = v.load([begin + start, head * DV])
-        values = tl.where((j < length)[:, None], values, 0.0).to(values.dtype)
-        bias = 0.0
-        if BIAS:
-            times_j = tl.load(times + begin + j, mask=j < length, other=0)
-            bias = half_bias(
-                i, j, first, start, history, next_i, times_j, position_bias, time_table, edges, max_length,
-                BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-        same = j[None, :] == i[:, None]
-        seen = (same | ((j[None, :] < i[:, None]) & (j < history)[None, :])) & (j < length)[None, :]
-        acc = weighted(acc, queries, keys, values, bias, seen, True, FAST)
-    d = tl.arange(0, BLOCK_DV)
+    acc = attended(
+        tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), q, k, v, q_row, k_row, v_row, times + begin, next_times + begin,
+        position_bias, time_bias, bucket_edges, max_length, first, length, history, DQK, DV, BLOCK_DQK, BLOCK_DV,
+        BLOCK_M, BLOCK_N, BIAS, FAST, begin, head * DQK, head * DV, True,
+    )  # fmt: skip
+    i, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
     pointers = out + begin.to(tl.int64) * out_row + head * DV + i[:, None] * out_row + d[None, :]
     tl.store(pointers, (acc * scale).to(out.dtype.element_ty), mask=(i < length)[:, None] & (d < DV)[None, :])
 
