@@ -11,7 +11,8 @@ from types import MappingProxyType
 class Tolerance:
     """The limits of one precision.
 
-    max_abs_error: of any element of user_embedding, top_scores and task_scores, on any input;
+    max_abs_error: of any element of user_embedding, top_scores and task_scores, on any input; of cache_rows relative
+    to the largest of them where that exceeds one;
     min_cosine: of every single user embedding with its fp32 counterpart; min_mean_cosine: of all held-out users
     on average; min_top10_overlap: mean share of the fp32 top 10 that is found, over the held-out users;
     max_quality_loss: relative loss of HR@10 and NDCG@10 there.

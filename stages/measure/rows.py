@@ -87,14 +87,18 @@ def _ratio(item: Measurement, other: Measurement) -> tuple[float, list[float]]:
 
 
 def _share(found: Found, item: Measurement) -> dict[str, Any]:
-    """What the least work of a request needs at the fastest product's rate, over what the request takes; medians."""
+    """What the least work of a request needs at the fastest product's rate, over what the request takes; medians.
+
+    Nothing is faster than the fastest product, so a share above one says that other work slowed the products more than
+    the runtime (on two threads one busy core does): it is no share, and is left out.
+    """
     rates = found.gflops.get(item.contestant.precision)
     if not found.flops or not rates:
         return {}
     ceiling = float(np.median(rates))
     rate = found.flops / float(np.median(item.seconds)) / 1e9
     return {
-        "share_of_ceiling": significant(rate / ceiling, 3),
+        "share_of_ceiling": significant(rate / ceiling, 3) if rate <= ceiling else None,
         "ceiling_gflops": significant(ceiling),
         "ceiling_product": found.products[item.contestant.precision],
     }

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from hstu.artifact import Artifact, write_manifest
+from hstu.artifact import Artifact, encode_json, write_manifest
 from hstu.model import HSTU
 from stages import export_onnx, surgery
+from stages.measure.session import Session
 from tests.models import TINY_RESEARCH, random_model, tiny_config, write_checkpoint
+from tests.stages.bundles import rewrite, write_artifacts
+from tests.stages.measure.sessions import session
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +44,27 @@ def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     model = random_model(request.param, seed=5)
     folder = tmp_path_factory.mktemp("variant")
     return model, export(write_checkpoint(folder / "checkpoint", model), folder / "export-onnx", opset=21)
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of artifacts whose bundle is of one tiny layer, with an fp32 engine; not to be changed."""
+    folder = tmp_path_factory.mktemp("benchmark") / "artifacts"
+    bundle = write_artifacts(folder)
+    description = {"version": "1.2.3", "default_engine": "fp32", "engines": {"fp32": {}}}
+    (bundle / "bundle.json").write_bytes(encode_json(description))
+    rewrite(bundle)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def measured(artifacts: Path) -> Session:
+    """A session over `artifacts` that has measured on one thread, on all, and what all are worth."""
+    done = session(artifacts)
+    done.measure("one")
+    done.measure("all")
+    done.measure("scaling")
+    return done
 
 
 def export(checkpoint: Artifact, folder: Path, *, opset: int = 20) -> Artifact:

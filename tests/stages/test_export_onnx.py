@@ -115,6 +115,18 @@ def test_worst_error_forgives_ties_and_nothing_else() -> None:
     assert entry_check.worst_error(expected, nan) == float("inf")
 
 
+def test_worst_error_is_relative_where_an_output_is_larger_than_one() -> None:
+    """Rows of a cache are: of the same relative error, a large one is no more wrong than a small one."""
+    rows, small = np.array([5.0, -0.5], np.float32), np.array([0.5, -0.05], np.float32)
+    error = np.array([0.0, 1e-2], np.float32)
+    assert entry_check.worst_error({"cache_rows": rows}, {"cache_rows": rows + error}) == pytest.approx(2e-3, rel=1e-4)
+    assert entry_check.worst_error({"top_scores": small}, {"top_scores": small + error}) == pytest.approx(
+        1e-2, rel=1e-4
+    )
+    broken = {"cache_rows": rows * np.float32("nan")}
+    assert entry_check.worst_error({"cache_rows": rows}, broken) == float("inf")
+
+
 def test_opset_out_of_range() -> None:
     with pytest.raises(ParameterError, match="opset"):
         export_onnx.ExportOnnxParams(opset=17, check_seed=0)
