@@ -120,7 +120,7 @@ def serve(
     from serving.bundle import open_bundle
     from serving.server import read_keys, require_safe
     from serving.server import serve as serve_http
-    from serving.service import ServiceSettings
+    from serving.settings import ServiceSettings
 
     keys = read_keys(api_keys)
     require_safe(host, keys)

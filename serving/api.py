@@ -34,7 +34,8 @@ from serving.schemas import (
     ScoreAnswer,
     ScoreRequest,
 )
-from serving.service import Service, ServiceSettings
+from serving.service import Service
+from serving.settings import ServiceSettings
 from serving.telemetry import Telemetry
 from serving.users import UnknownUserError
 
@@ -160,8 +161,8 @@ def _add_routes(app: FastAPI, service: Callable[[], Service], telemetry: Callabl
     async def ready() -> Response:
         """The engine answers. Workers that are down are named; others answer for them."""
         found = service()
-        workers = {name: worker.ready for name, worker in found.workers.items()}
-        return _json(200 if found.ready else 503, {"ready": found.ready, "workers": workers})
+        workers = {name: worker.ready for name, worker in found.runtimes.workers.items()}
+        return _json(200 if found.runtimes.ready else 503, {"ready": found.runtimes.ready, "workers": workers})
 
     @app.get("/metrics", tags=["operations"])
     async def metrics() -> Response:
@@ -180,11 +181,11 @@ def _add_routes(app: FastAPI, service: Callable[[], Service], telemetry: Callabl
                 {
                     "name": lane.name,
                     "open": lane.stateful is not None,
-                    "precision": found.precision(lane.name) if lane.stateful is not None else None,
+                    "precision": found.runtimes.precision(lane.name) if lane.stateful is not None else None,
                     "circuit": lane.breaker.state,
                 }
-                for lane in found.lanes.values()
+                for lane in found.runtimes.lanes.values()
             ],
-            "workers": {name: {"ready": w.ready, "restarts": w.restarts} for name, w in found.workers.items()},
+            "workers": {name: {"ready": w.ready, "restarts": w.restarts} for name, w in found.runtimes.workers.items()},
             "strict": found.settings.strict,
         }

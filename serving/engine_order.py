@@ -1,22 +1,23 @@
 """Which engine of a bundle answers when the default one cannot run here: TensorRT, then ONNX Runtime, then PyTorch.
 
-Only when no engine was asked for by name: one that was and is not here is an error. Every step down is logged once,
-counted in `FALLBACKS` and given back, so that each answer can name it.
+The one order there is. `open_default` opens the first that runs, for a process that answers with one engine; every
+step down is logged once, counted in `FALLBACKS` and given back, so that each answer can name it. The service keeps
+all of them open and goes down the same order request by request (`serving.fallback`).
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
 from hstu.errors import ArtifactError, MissingBackendError
 from serving.bundle import Bundle
 from serving.engine import Engine, open_engine, read_spec
+from serving.fallback import Fallback
 
 LOG = logging.getLogger(__name__)
-FALLBACKS: Counter[tuple[str, str]] = Counter()  # (wanted, used)
+FALLBACKS: Counter[tuple[str, str]] = Counter()  # (wanted, used), of engines opened by `open_default`
 TORCH = "torch"
 _ORDER = ("tensorrt", "tensorrt-rtx", "openvino", "onnxruntime")
 
@@ -37,9 +38,15 @@ def engine_order(bundle: Bundle) -> tuple[str, ...]:
     return (default, *(name for name in lower if backends[name].backend in below), TORCH)
 
 
+def lane_order(bundle: Bundle, wanted: str | None) -> list[str]:
+    """Who answers, in order: the engine that was asked for, if one was, then `engine_order`."""
+    order = engine_order(bundle)
+    return list(order) if wanted is None else [wanted, *(name for name in order if name != wanted)]
+
+
 def open_default(
     bundle: Bundle, *, threads: int | None = None, rebuilt: Path | None = None
-) -> tuple[Engine, Mapping[str, str] | None]:
+) -> tuple[Engine, Fallback | None]:
     """The first engine of `engine_order` that runs here, and what it stands in for (None: nothing).
 
     `rebuilt` is a folder that takes the default engine's place. Raises what the last one raises.
@@ -63,5 +70,5 @@ def open_default(
         FALLBACKS[order[0], name] += 1
         reason = "; ".join(reasons)
         LOG.warning("engine %s cannot run here, %s answers for it: %s", order[0], name, reason)
-        return engine, {"level": "engine", "wanted": order[0], "used": name, "reason": reason}
+        return engine, Fallback(level="engine", wanted=order[0], used=name, reason=reason)
     raise AssertionError("PyTorch opens or raises")

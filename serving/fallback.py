@@ -21,6 +21,7 @@ from serving.batching import BusyError, LateError
 LOG = logging.getLogger("hstu.serve")
 Level = Literal["engine", "generation", "ranking"]
 Y = TypeVar("Y")
+_EXPECTED = (CompilerError, ConnectionError, TimeoutError)  # of a runtime that is down, hangs or says what is wrong
 _NOT_ITS_FAULT = (InputError, UsageError, BusyError, LateError)  # the request's, the load's
 
 
@@ -144,6 +145,8 @@ class Chain:
                     choice.breaker.released()
                     raise
                 except Exception as error:
+                    if not isinstance(error, _EXPECTED):
+                        LOG.exception("%s failed in a way that nobody foresaw", choice.name)
                     choice.breaker.failed(error, at_once=isinstance(error, (ConnectionError, MissingBackendError)))
                     reason = choice.breaker.reason
                     pause = random.uniform(0.5, 1.5) * 0.02 * 2.0**attempt

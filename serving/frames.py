@@ -27,8 +27,8 @@ def encode(header: Mapping[str, Any], arrays: Mapping[str, Array]) -> bytes:
     return _PREFIX.pack(len(head), len(body)) + head + body
 
 
-def decode(head: bytes, body: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
-    """The header and the arrays; ArtifactError when they do not fit one another."""
+def decode(head: bytes | bytearray, body: bytes | bytearray) -> tuple[dict[str, Any], dict[str, Array]]:
+    """The header and the arrays, which may be written to; ArtifactError when they do not fit one another."""
     header = json.loads(head)
     arrays: dict[str, Array] = {}
     start = 0
@@ -45,7 +45,7 @@ def decode(head: bytes, body: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
 async def receive(reader: asyncio.StreamReader) -> tuple[dict[str, Any], dict[str, Array]]:
     """The next message; asyncio.IncompleteReadError when the other side is gone."""
     head, body = _checked(await reader.readexactly(_PREFIX.size))
-    return decode(await reader.readexactly(head), await reader.readexactly(body))
+    return decode(await reader.readexactly(head), bytearray(await reader.readexactly(body)))
 
 
 def receive_blocking(connection: socket.socket) -> tuple[dict[str, Any], dict[str, Array]] | None:
@@ -60,18 +60,18 @@ def receive_blocking(connection: socket.socket) -> tuple[dict[str, Any], dict[st
     return decode(parts[0], parts[1])
 
 
-def _checked(prefix: bytes) -> tuple[int, int]:
+def _checked(prefix: bytes | bytearray) -> tuple[int, int]:
     head, body = _PREFIX.unpack(prefix)
     if head > _LONGEST_HEADER or body > _LONGEST_BODY:
         raise ArtifactError("a message between processes is too long", got=(head, body))
     return head, body
 
 
-def _exactly(connection: socket.socket, count: int) -> bytes | None:
+def _exactly(connection: socket.socket, count: int) -> bytearray | None:
     parts = bytearray()
     while len(parts) < count:
         part = connection.recv(min(count - len(parts), 1 << 20))
         if not part:
             return None
         parts += part
-    return bytes(parts)
+    return parts

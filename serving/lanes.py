@@ -11,7 +11,7 @@ from serving.batching import Batcher
 from serving.bundle import Bundle
 from serving.cache import HotCache
 from serving.engine import Array
-from serving.engine_order import TORCH, engine_order
+from serving.engine_order import TORCH
 from serving.fallback import Breaker
 from serving.user_state import Origin, StatefulEngine, open_stateful
 from serving.visits import Found, Visit, Visits
@@ -87,9 +87,3 @@ def opener(bundle: Bundle, name: str, form: CacheForm, threads: int | None) -> C
         )
 
     return open_torch
-
-
-def lane_order(bundle: Bundle, wanted: str | None) -> list[str]:
-    """Who answers, in order: the engine that was asked for, if one was, then `serving.engine_order`."""
-    order = engine_order(bundle)
-    return list(order) if wanted is None else [wanted, *(name for name in order if name != wanted)]

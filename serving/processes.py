@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import socket
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 from hstu.errors import CompilerError, InputError
 from serving.engine import Array
-from serving.fallback import LOG
+from serving.fallback import LOG, Fallback
 from serving.frames import encode, receive
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
@@ -27,12 +28,21 @@ class WorkerDownError(ConnectionError):
 class Worker:
     """One process of `serving.worker`. A request to it while it is down fails at once."""
 
-    def __init__(self, role: str, bundle: Path, *, engine: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        role: str,
+        bundle: Path,
+        *,
+        engine: str | None = None,
+        threads: int | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         self.role = role
         self.restarts = 0
         self.precision = ""
+        self.fallback: Fallback | None = None  # when its engine stands in for another
         self._arguments = [role, str(bundle)]
-        self._engine = [] if engine is None else [engine]
+        self._details = json.dumps({"engine": engine, "options": dict(options or {})})
         self._environment = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -72,6 +82,8 @@ class Worker:
             return await future
         finally:
             self._answers.pop(number, None)
+            if future.done() and not future.cancelled():
+                future.exception()  # seen: where writing failed nobody waited for it
 
     async def close(self) -> None:
         """The process has ended."""
@@ -86,7 +98,7 @@ class Worker:
             try:
                 reader = await self._spawn()
                 header, _ = await receive(reader)
-                self.precision = header["precision"]
+                self.precision, self.fallback = header["precision"], _fallback(header["fallback"])
                 self._ready.set()
                 LOG.info("the %s worker is ready", self.role)
                 pause = _FIRST_PAUSE_S
@@ -108,7 +120,7 @@ class Worker:
                 f"{__package__}.worker",
                 *self._arguments,
                 str(theirs.fileno()),
-                *self._engine,
+                self._details,
                 pass_fds=[theirs.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
@@ -142,3 +154,7 @@ class Worker:
                 self._process.kill()
             await self._process.wait()
             self._process = None
+
+
+def _fallback(found: Mapping[str, Any] | None) -> Fallback | None:
+    return None if found is None else Fallback(**found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -14,6 +14,7 @@ from hstu.signature import num_results
 from serving.bundle import Bundle
 from serving.engine import Array, Engine, check_answers, check_feeds, open_engine
 from serving.engine_order import open_default
+from serving.fallback import Fallback
 from serving.requests import Request, encode_requests
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Retriever(Protocol):
 
     runtime: RuntimeName
     precision: str
-    fallback: Mapping[str, str] | None
+    fallback: Fallback | None
 
     def retrieve(self, histories: Histories) -> tuple[Array, Array, Array]: ...
 
@@ -43,7 +44,7 @@ class SlateMaker(Protocol):
 class EngineRetriever:
     """Retrieval by an engine's `retrieve` entry; `runtime` says whether it is compiled or eager PyTorch."""
 
-    def __init__(self, engine: Engine, runtime: RuntimeName, *, fallback: Mapping[str, str] | None = None) -> None:
+    def __init__(self, engine: Engine, runtime: RuntimeName, *, fallback: Fallback | None = None) -> None:
         self.engine, self.runtime, self.precision = engine, runtime, engine.precision
         self.fallback = fallback  # what this engine stands in for, and why
 
@@ -79,7 +80,7 @@ class VllmRetriever:
     """Retrieval and slates by vLLM's paged model: its user embedding against every item."""
 
     runtime: RuntimeName = "vllm"
-    fallback: Mapping[str, str] | None = None
+    fallback: Fallback | None = None
 
     def __init__(self, bundle: Bundle) -> None:
         from serving.vllm_plugin.runtime import VllmRuntime
@@ -187,7 +188,7 @@ class Recommender:
                 if slate is not None:
                     answer["slate"] = slate.method
                 if self.retriever.fallback is not None:
-                    answer["fallback"] = dict(self.retriever.fallback)
+                    answer["fallback"] = self.retriever.fallback.to_dict()
                 if embeddings and user_embedding is not None:
                     answer["embedding"] = [float(x) for x in user_embedding[place]]
                 answers[row] = answer

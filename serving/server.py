@@ -12,7 +12,7 @@ import uvicorn
 from hstu.errors import InputError, UsageError
 from serving.api import build_app
 from serving.bundle import Bundle
-from serving.service import ServiceSettings
+from serving.settings import ServiceSettings
 
 KEYS_VARIABLE = "HSTU_API_KEYS"
 _SHORTEST_KEY = 16
@@ -59,6 +59,7 @@ def serve(bundle: Bundle, settings: ServiceSettings, *, host: str, port: int, ke
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=10,
+        timeout_keep_alive=75,  # longer than what proxies keep, so that none writes into a connection that closes
         server_header=False,
         lifespan="on",
     )

@@ -71,23 +71,24 @@ class ServiceCollector(Collector):
 
     def _runtimes(self) -> Iterator[Metric]:
         service = self._service
+        runtimes = service.runtimes
         fallbacks = CounterMetricFamily("hstu_fallbacks", "Answers not by the first choice.",
                                         labels=["level", "wanted", "used"])  # fmt: skip
-        for labels, count in sorted(service.chain.counts.items()):
+        for labels, count in sorted(runtimes.chain.counts.items()):
             fallbacks.add_metric(list(labels), count)
         yield fallbacks
         retries = CounterMetricFamily("hstu_retries", "Calls repeated.", labels=["runtime"])
-        for name, count in sorted(service.chain.retried.items()):
+        for name, count in sorted(runtimes.chain.retried.items()):
             retries.add_metric([name], count)
         yield retries
-        breakers = {lane.name: lane.breaker for lane in service.lanes.values()} | service.breakers
+        breakers = {lane.name: lane.breaker for lane in runtimes.lanes.values()} | runtimes.breakers
         opened = GaugeMetricFamily("hstu_circuit_open", "1 while a runtime is not asked.", labels=["runtime"])
         for name, breaker in breakers.items():
             opened.add_metric([name], float(breaker.state != "closed"))
         yield opened
         up = GaugeMetricFamily("hstu_worker_up", "1 while a process answers.", labels=["worker"])
         restarts = CounterMetricFamily("hstu_worker_restarts", "Processes started again.", labels=["worker"])
-        for name, worker in service.workers.items():
+        for name, worker in runtimes.workers.items():
             up.add_metric([name], float(worker.ready))
             restarts.add_metric([name], worker.restarts)
         yield up
@@ -95,7 +96,7 @@ class ServiceCollector(Collector):
         depth = GaugeMetricFamily("hstu_queue_depth", "Requests that wait.", labels=["runtime"])
         refused = CounterMetricFamily("hstu_queue_refusals", "Requests refused with 429.", labels=["runtime"])
         batches = CounterMetricFamily("hstu_batches", "Batches by size.", labels=["runtime", "size"])
-        for lane in service.lanes.values():
+        for lane in runtimes.lanes.values():
             if lane.batcher is not None:
                 depth.add_metric([lane.name], lane.batcher.depth)
                 refused.add_metric([lane.name], lane.batcher.stats.refused)

@@ -1,4 +1,4 @@
-"""A process that does one kind of work for the service: `python -m serving.worker ROLE BUNDLE FD [ENGINE]`.
+"""A process that does one kind of work for the service: `python -m serving.worker ROLE BUNDLE FD DETAILS`.
 
 ranker: `rank` of one of the bundle's engines. slates: greedy slates by vLLM, batched continuously: a request joins
 those that are running at the next step, and is answered when its own slate is done.
@@ -8,6 +8,7 @@ It ends when the service does (the socket closes). Messages are those of `servin
 
 from __future__ import annotations
 
+import json
 import select
 import socket
 import sys
@@ -29,32 +30,34 @@ Arrays = Mapping[str, Array]
 
 def main(arguments: list[str]) -> None:
     """Serve one connection until it closes."""
-    role, folder, descriptor, *engine = arguments
+    role, folder, descriptor, details = arguments
     connection = socket.socket(fileno=int(descriptor))
     bundle = open_bundle(Path(folder), verify=False)  # the service has verified it
     serve = {"ranker": _serve_ranker, "slates": _serve_slates}[role]
-    serve(connection, bundle, engine[0] if engine else None)
+    serve(connection, bundle, json.loads(details))
 
 
-def _serve_ranker(connection: socket.socket, bundle: Bundle, engine_name: str | None) -> None:
-    engine = open_default(bundle)[0] if engine_name is None else open_engine(bundle.engine_folder(engine_name))
-    connection.sendall(encode({"ready": True, "precision": engine.precision}, {}))
+def _serve_ranker(connection: socket.socket, bundle: Bundle, details: Mapping[str, Any]) -> None:
+    engine = details["engine"]
+    opened, fallback = open_default(bundle) if engine is None else (open_engine(bundle.engine_folder(engine)), None)
+    stands_in = None if fallback is None else fallback.to_dict()
+    connection.sendall(encode({"ready": True, "precision": opened.precision, "fallback": stands_in}, {}))
 
     def rank(feeds: Arrays) -> Arrays:
-        check_feeds(engine.config, "rank", feeds)
-        return engine.run("rank", feeds)
+        check_feeds(opened.config, "rank", feeds)
+        return opened.run("rank", feeds)
 
     while (message := receive_blocking(connection)) is not None:
         header, arrays = message
         connection.sendall(_answer(header["id"], lambda arrays=arrays: rank(arrays)))  # type: ignore[misc]
 
 
-def _serve_slates(connection: socket.socket, bundle: Bundle, _: str | None) -> None:
+def _serve_slates(connection: socket.socket, bundle: Bundle, details: Mapping[str, Any]) -> None:
     from serving.vllm_plugin.runtime import VllmRuntime
     from serving.vllm_plugin.stream import SlateStream
 
-    stream = SlateStream(VllmRuntime(bundle.path))
-    connection.sendall(encode({"ready": True, "precision": "fp32"}, {}))
+    stream = SlateStream(VllmRuntime(bundle.path, **details["options"]))
+    connection.sendall(encode({"ready": True, "precision": "fp32", "fallback": None}, {}))
     while True:
         readable, _writable, _broken = select.select([connection], [], [], 0.0 if stream.running else None)
         if readable:

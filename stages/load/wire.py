@@ -18,7 +18,9 @@ class Wire:
     async def ask(self, method: str, path: str, body: Any = None, *, timeout_s: float = 30.0) -> tuple[int, Any]:
         """Status and JSON; ConnectionError or TimeoutError when there is no answer."""
         async with asyncio.timeout(timeout_s):
-            if self._writer is None or self._writer.is_closing():
+            gone = self._reader is not None and self._reader.at_eof()  # closed while it was idle
+            if self._writer is None or self._writer.is_closing() or gone:
+                self.close()
                 self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
             assert self._reader is not None
             content = b"" if body is None else json.dumps(body).encode()

@@ -14,7 +14,8 @@ import httpx
 from hstu.artifact import encode_json, write_manifest
 from serving.api import build_app
 from serving.bundle import Bundle, open_bundle
-from serving.service import Service, ServiceSettings
+from serving.service import Service
+from serving.settings import ServiceSettings
 from stages import export_onnx
 from stages.export_onnx import ExportOnnxParams
 from tests.models import random_model, tiny_config, write_checkpoint

@@ -149,7 +149,7 @@ def test_without_a_ranker_unified_is_unranked_and_says_so_and_strict_refuses(bun
         (fallback,) = answer["served"]["fallbacks"]
         assert (fallback["level"], fallback["wanted"], fallback["used"]) == ("ranking", "ranker", "unranked")
         assert answer["items"][0]["tasks"] is None
-        assert service_of(http).chain.counts["ranking", "ranker", "unranked"] == 1
+        assert service_of(http).runtimes.chain.counts["ranking", "ranker", "unranked"] == 1
 
     async def strict(http):
         answer = await http.post("/v1/recommend", json=asked)
@@ -165,7 +165,7 @@ def test_an_engine_that_breaks_is_answered_for_until_it_is_well(bundle, caplog):
 
     async def scenario(http):
         service = service_of(http)
-        lane = service.lanes["fp32"]
+        lane = service.runtimes.lanes["fp32"]
         engine, run_entry = lane.stateful.engine, lane.stateful.engine.run
         lane.breaker._first_pause = lane.breaker._pause = 0.2
 
@@ -197,20 +197,20 @@ def test_a_full_queue_is_told_429_and_a_passed_deadline_408(bundle):
 
     async def scenario(http):
         service = service_of(http)
-        run_entry = service.lanes["fp32"].stateful.engine.run
+        run_entry = service.runtimes.lanes["fp32"].stateful.engine.run
 
         def slow(*arguments):
             time.sleep(0.2)
             return run_entry(*arguments)
 
-        service.lanes["fp32"].stateful.engine.run = slow
+        service.runtimes.lanes["fp32"].stateful.engine.run = slow
         answers = await asyncio.gather(*(http.post("/v1/recommend", json=asked) for _ in range(12)))
         statuses = sorted(answer.status_code for answer in answers)
         assert set(statuses) == {200, 429}
         assert all(a.headers["retry-after"] for a in answers if a.status_code == 429)
         late = await http.post("/v1/recommend", json={**asked, "deadline_ms": 20})
         assert late.status_code == 408
-        assert service.lanes["fp32"].breaker.state == "closed"
+        assert service.runtimes.lanes["fp32"].breaker.state == "closed"
 
     run(scenario, bundle, settings={"max_queue": 4, "max_batch": 2, "deadline_ms": 5000})
 
@@ -224,7 +224,7 @@ def test_answers_in_company_equal_answers_alone(bundle):
 
     async def scenario(http):
         together = [a.json() for a in await asyncio.gather(*(http.post("/v1/recommend", json=b) for b in bodies))]
-        assert max(service_of(http).lanes["fp32"].batcher.stats.batches) > 1
+        assert max(service_of(http).runtimes.lanes["fp32"].batcher.stats.batches) > 1
         for body, answer in zip(bodies, together, strict=True):
             alone = (await http.post("/v1/recommend", json=body)).json()
             assert np.allclose([i["score"] for i in alone["items"]], [i["score"] for i in answer["items"]], atol=1e-5)

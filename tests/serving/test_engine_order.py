@@ -56,7 +56,7 @@ def test_pytorch_is_the_last(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) ->
     FALLBACKS.clear()
     monkeypatch.setattr("serving.engine_order.engine_order", lambda _: ("fp32-tensorrt-rtx", "torch"))
     engine, fallback = open_default(bundle)
-    assert (engine.backend, (fallback or {})["used"]) == ("torch", "torch")
+    assert (engine.backend, fallback and fallback.used) == ("torch", "torch")
     engine.close()
 
 

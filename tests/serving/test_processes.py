@@ -37,7 +37,7 @@ def test_a_killed_ranker_is_answered_for_and_comes_back(bundle):
             service = service_of(http)
             before = (await http.post("/v1/recommend", json=asked)).json()
             assert before["served"]["ranker"] == "ranker"
-            os.kill(service.workers["ranker"].pid, signal.SIGKILL)
+            os.kill(service.runtimes.workers["ranker"].pid, signal.SIGKILL)
             seen = set()
             for _ in range(400):
                 reply = await http.post("/v1/recommend", json=asked)
@@ -52,6 +52,14 @@ def test_a_killed_ranker_is_answered_for_and_comes_back(bundle):
                     break
                 await asyncio.sleep(0.05)
             assert seen == {None, "ranker"}
-            assert service.workers["ranker"].restarts == 1
+            assert service.runtimes.workers["ranker"].restarts == 1
 
     asyncio.run(scenario())
+
+
+def test_what_a_process_receives_may_be_written_to():
+    """OpenVINO takes feeds as they lie, and refuses memory that it could not write to."""
+    message = encode({"id": 1}, {"a": np.arange(3, dtype=np.int64)})
+    head = int.from_bytes(message[:4], "little")
+    _, arrays = decode(message[12 : 12 + head], bytearray(message[12 + head :]))
+    assert arrays["a"].flags.writeable
