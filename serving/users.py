@@ -117,8 +117,11 @@ class UserLogs:
             self._logs.move_to_end(user_id)
             return log
 
-    def append(self, user_id: str, new: EventRows) -> UserLog:
-        """The log with the events in it, each in its place in time; equal times keep the order of arrival."""
+    def append(self, user_id: str, new: EventRows, *, not_kept: int = 0) -> UserLog:
+        """The log with the events in it, each in its place in time; equal times keep the order of arrival.
+
+        `not_kept` more events happened that are not among them: they count in the log's total alone.
+        """
         with self._lock:
             log = self._logs.get(user_id)
             parts = [new] if log is None else [log.events, new]
@@ -126,7 +129,7 @@ class UserLogs:
             order = np.argsort(joined["timestamps"], kind="stable")
             excess = max(0, len(order) - self._max_events)
             events = EventRows(**{name: values[order][excess:] for name, values in joined.items()})
-            after = UserLog(events=events, dropped=(0 if log is None else log.dropped) + excess)
+            after = UserLog(events=events, dropped=(0 if log is None else log.dropped) + not_kept + excess)
             self._logs[user_id] = after
             self._logs.move_to_end(user_id)
             while len(self._logs) > self._max_users:
