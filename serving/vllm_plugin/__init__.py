@@ -13,7 +13,7 @@ def io_processor() -> str:
 
 
 def register() -> None:
-    """vLLM knows the config, the model, its defaults, its renderer and its attention; safe to call again."""
+    """vLLM knows the config, the model, its defaults, renderer, attention and doors; safe to call again."""
     from transformers import AutoConfig
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -25,6 +25,7 @@ def register() -> None:
         return  # by an earlier call, or by a bundle's runtime package installed beside this one
 
     from serving.vllm_plugin.config import HSTUPretrainedConfig, HSTUServingDefaults
+    from serving.vllm_plugin.doors import guard_server
     from serving.vllm_plugin.model import HSTUForCausalLM
 
     AutoConfig.register(MODEL_TYPE, HSTUPretrainedConfig, exist_ok=True)
@@ -35,3 +36,4 @@ def register() -> None:
         TokenizerRegistry.register(MODEL_TYPE, "vllm.tokenizers.hf", "CachedHfTokenizer")
     # The class, not its name: a name costs vLLM a subprocess to look inside (seconds at every start).
     ModelRegistry.register_model(ARCHITECTURE, HSTUForCausalLM)
+    guard_server()

@@ -43,7 +43,7 @@ class HSTURenderer(HfRenderer):  # type: ignore[misc]
     def _check_text(self, prompt: Any) -> None:
         text = prompt.get("prompt") if "prompt_token_ids" not in prompt and "prompt_embeds" not in prompt else None
         for word in text.split() if isinstance(text, str) else ():
-            if not (word.isascii() and word.isdigit() and str(int(word)) == word and len(word) < 12):
+            if not (len(word) < 12 and word.isascii() and word.isdigit() and str(int(word)) == word):
                 raise VLLMValidationError(f"unknown item {word[:40]!r}: a prompt is item ids, as in '12 7 31'")
             self.validate_token_ids([int(word)])
 
