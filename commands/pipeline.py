@@ -135,3 +135,18 @@ def gate(
     settings.show(verdict.to_dict(), verdict.text)
     if not verdict.passed:
         raise GateError("this is worse than the baseline", fix="see the rows above")
+
+
+@command("gate-trials")
+def gate_trials(
+    settings: Settings,
+    bundle: Annotated[Path, typer.Option(help="The bundle that is run beside itself.")] = Path("artifacts/bundle"),
+    trials: Annotated[int, typer.Option(min=1, help="Runs as it is, and as many made slower.")] = 50,
+    slowdown: Annotated[float, typer.Option(min=0.0, help="Share of time that is burned besides.")] = 0.1,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Stop after these; called again, it goes on.")] = 60.0,
+) -> None:
+    """Count how often `gate --against` fails an equal bundle, and one made slower; write gate-trials.json."""
+    from stages import gate_trials as proving
+
+    report = proving.run_trials(settings.workspace(), bundle, trials=trials, slowdown=slowdown, minutes=minutes)
+    settings.show(report["summary"], proving.render(report))

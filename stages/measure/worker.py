@@ -65,7 +65,8 @@ class Worker:
         )
         theirs.close()
         self._connection = Connection(ours.detach())
-        self.send("open", contestant, threads)
+        self.threads = threads
+        self.open(contestant)
 
     @property
     def pid(self) -> int:
@@ -78,6 +79,11 @@ class Worker:
             self._connection.send((method, arguments, options))
         except OSError:
             raise self._ended() from None
+
+    def open(self, contestant: Contestant) -> None:
+        """Ask for another runtime in the place of the one before; `receive` waits until it is loaded."""
+        self.contestant = contestant
+        self.send("open", contestant, self.threads)
 
     def receive(self, *, timeout_s: float | None = None) -> Any:
         """The answer to what was sent; raises what the runtime raised of ours.
@@ -118,11 +124,12 @@ class Seat:
     """The worker's end: the methods that the parent may call."""
 
     def __init__(self) -> None:
-        self.runtime: Runtime | Roof
+        self.runtime: Runtime | Roof | None = None
         self.baseline_mib = 0.0
 
     def open(self, contestant: Contestant, threads: int) -> dict[str, float]:
         """Load the model; says what the libraries alone take and how long the loading took."""
+        self.runtime = None  # the one before goes first
         prepare(contestant, threads)
         self.baseline_mib = process.resident_mib()
         started = time.perf_counter()
@@ -139,7 +146,7 @@ class Seat:
         """Seconds of each request, and those its threads waited for a core meanwhile, together.
 
         With `wake` the first request is answered once before, to bring back caches and threads. The turn ends
-        when all threads sleep. `slower` makes every answer take longer by that share.
+        when all threads sleep. `slower` burns that share more processor time after every answer.
         """
         runtime = self._model()
         if wake:
@@ -149,11 +156,12 @@ class Seat:
         for request in requests:
             if entry == "extend" and isinstance(runtime, CompiledEngine):
                 runtime.remember(request)  # the visit before
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             runtime.answer(entry, request)
-            end = time.perf_counter() + slower * (time.perf_counter() - started)
-            while time.perf_counter() < end:
-                pass
+            if slower:
+                end = time.process_time() + slower * (time.process_time() - used)
+                while time.process_time() < end:
+                    pass
             seconds.append(time.perf_counter() - started)
         waited = process.core_wait_s() - waited_before
         process.wait_until_idle(IDLE_SECONDS)
@@ -187,8 +195,17 @@ class Seat:
 
         return calibration_ms()
 
+    def fixed_work_s(self) -> float:
+        """See `stages.measure.ceiling`, without what this process waited for a core."""
+        from stages.measure.ceiling import fixed_work
+
+        waited, started = process.core_wait_s(), time.perf_counter()
+        fixed_work()
+        taken = time.perf_counter() - started
+        return max(taken - (process.core_wait_s() - waited), 1e-9)
+
     def _model(self) -> Runtime:
-        if isinstance(self.runtime, Roof):
+        if self.runtime is None or isinstance(self.runtime, Roof):
             raise UsageError("matrix products answer no requests")
         return self.runtime
 

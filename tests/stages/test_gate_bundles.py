@@ -23,7 +23,10 @@ ENGINES = 5
 def drawn(rng: np.random.Generator, slower: float, *, noise: float = 0.025, openings: int = 6) -> Difference:
     """A difference as one of `noise` from opening to opening gives it."""
     logs = np.log1p(slower) + rng.normal(0.0, noise, openings)
-    return Difference(logs=logs.tolist(), baseline_ms=[1.0], candidate_ms=[1.0 + slower], seconds=1.0)
+    fixed = [0.001, -0.001, 0.0]
+    return Difference(
+        logs=logs.tolist(), calibration=fixed, baseline_ms=[1.0], candidate_ms=[1.0 + slower], seconds=1.0
+    )
 
 
 def test_the_margin_holds_the_truth_in_95_of_100_cases() -> None:
@@ -48,9 +51,12 @@ def test_what_cannot_be_told_is_inconclusive() -> None:
     rng = np.random.default_rng(2)
     assert check_speed("e", drawn(rng, 0.0, noise=0.005), 0.03).status == "pass"
     assert check_speed("e", drawn(rng, 0.1, noise=0.3), 0.03).status == "inconclusive"
-    busy = dataclasses.replace(drawn(rng, 0.5, noise=0.005), waited_s=0.5)
+    busy = dataclasses.replace(drawn(rng, 0.5, noise=0.005), waited_s=1.5)
     check = check_speed("e", busy, 0.03)
-    assert (check.status, "other work" in check.got) == ("inconclusive", True)
+    assert (check.status, "waited for cores 150%" in check.got) == ("inconclusive", True)
+    lame = dataclasses.replace(drawn(rng, 0.1, noise=0.005), calibration=[0.1, 0.09, 0.11])
+    check = check_speed("e", lame, 0.03)
+    assert (check.status, "fixed work +10.5%" in check.got) == ("inconclusive", True)
 
 
 def test_quality_and_size_are_exact() -> None:
@@ -76,7 +82,7 @@ def test_a_bundle_beside_itself(bundle: Path) -> None:
     verdict = compare_bundles(bundle, bundle, params)
     kinds = [(check.kind, check.what.split()[0]) for check in verdict.checks]
     assert kinds == [
-        ("size", "bundle"), ("quality", "fp32"), ("speed", "fp32"), ("quality", "fp32-tensorrt-rtx"),
+        ("size", "bundle"), ("quality", "fp32"), ("quality", "fp32-tensorrt-rtx"), ("speed", "fp32"),
     ]  # fmt: skip
     assert [check.status for check in verdict.checks if check.kind != "speed"] == ["pass"] * 3
 
