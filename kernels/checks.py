@@ -32,6 +32,17 @@ def require_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
         raise KernelError(f"{name}: wrong shape", got=tuple(x.shape), expected=tuple(shape))
 
 
+def require_vector(name: str, x: Tensor, dtype: torch.dtype, size: int) -> None:
+    """KernelError unless x is `size` values of the type, side by side."""
+    require_type(name, x, dtype)
+    require_shape(name, x, (size,))
+    if size > 1 and x.stride(0) != 1:
+        raise KernelError(
+            f"{name}: values do not lie side by side", got=f"stride {x.stride(0)}", expected="stride 1",
+            fix=f"pass {name}.contiguous()",
+        )  # fmt: skip
+
+
 def head_rows(name: str, x: Tensor) -> int:
     """Elements from one row of x [T, H, d] to the next; its heads must lie side by side, as in the UVQK output."""
     if x.dim() != 3:

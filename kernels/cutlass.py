@@ -12,38 +12,75 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kernels.errors import KernelError
+from kernels.spec import Launch
 
 _ROOT = Path(__file__).parent
 FLAGS = (
-    "-std=c++17", "-O3", "-DNDEBUG", "-DCUTLASS_USE_TANH_FOR_SIGMOID", "--expt-relaxed-constexpr",
-    "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler", "-fPIC", "-cudart", "none", "-Xptxas", "-v",
+    "-std=c++17", "-O3", "-DNDEBUG", "-DCUTLASS_USE_TANH_FOR_SIGMOID", "--expt-relaxed-constexpr", "-shared",
+    "-Xcompiler", "-fPIC", "-cudart", "none", "-Xptxas", "-v",
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One library: the file below kernels/, what it is compiled with, and the function it offers."""
+    """One library: its name, the file below kernels/ and the headers beside it, what it is compiled with and for, and
+    the function it offers (whose name with `_status` explains what the function answers)."""
 
+    name: str
     file: str
-    definitions: tuple[str, ...]
     function: str
+    definitions: tuple[str, ...] = ()
+    headers: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ("90a",)
+    status: str = ""
 
 
-UVQK = {
-    "bf16": Source("uvqk_silu/cutlass.cu", ("UVQK_BF16",), "uvqk_silu_bf16"),
-    "fp16": Source("uvqk_silu/cutlass.cu", (), "uvqk_silu_fp16"),
-    "int8-bf16": Source("uvqk_silu/cutlass.cu", ("UVQK_BF16", "UVQK_INT8"), "uvqk_silu_int8_bf16"),
-    "int8-fp16": Source("uvqk_silu/cutlass.cu", ("UVQK_INT8",), "uvqk_silu_int8_fp16"),
-}
+def _uvqk(name: str, function: str, *definitions: str) -> Source:
+    return Source(
+        name=f"uvqk_silu-{name}", file="uvqk_silu/cutlass.cu", function=function, definitions=definitions,
+        status="uvqk_silu_status",
+    )  # fmt: skip
+
+
+def _attention(dtype: str, head_dim: int, groups: int) -> Source:
+    suffix = "" if groups == 2 else f"-g{groups}"
+    return Source(
+        name=f"hstu_attention-{dtype}-d{head_dim}{suffix}", file="hstu_attention/cutlass.cu", function="hstu_attention",
+        definitions=(*(("HSTU_BF16",) if dtype == "bf16" else ()), f"HSTU_D={head_dim}", f"HSTU_GROUPS={groups}"),
+        headers=("schedule.h",), status="hstu_attention_status",
+    )  # fmt: skip
+
+
+def _interaction(dtype: str) -> Source:
+    return Source(
+        name=f"interaction-{dtype}", file="interaction/cutlass.cu", function="interaction",
+        definitions=("INTERACTION_BF16",) if dtype == "bf16" else (), headers=("samples.h",), targets=("80", "90a"),
+        status="interaction_status",
+    )  # fmt: skip
+
+
+# groups: warpgroups that multiply 64 rows each, beside the one that loads.
+SOURCES: Mapping[str, Source] = {
+    source.name: source
+    for source in (
+        *(_attention(dtype, d, 2) for dtype in ("bf16", "fp16") for d in (64, 128)), _attention("bf16", 64, 3),
+        *(_interaction(dtype) for dtype in ("bf16", "fp16")),
+        _uvqk("bf16", "uvqk_silu_bf16", "UVQK_BF16"), _uvqk("fp16", "uvqk_silu_fp16"),
+        _uvqk("int8-bf16", "uvqk_silu_int8_bf16", "UVQK_BF16", "UVQK_INT8"),
+        _uvqk("int8-fp16", "uvqk_silu_int8_fp16", "UVQK_INT8"),
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A compiled library and what ptxas said of it: registers of its kernel, bytes spilled, products serialised."""
+    """A compiled library and what ptxas said of it: most registers of a kernel, bytes spilled, products serialised."""
 
     path: Path
     registers: int
@@ -66,13 +103,16 @@ def include_folder() -> Path:
 
 def library_name(source: Source) -> str:
     """The file name of a library: what is in it decides."""
-    digest = hashlib.sha256((_ROOT / source.file).read_bytes())
-    digest.update(repr((FLAGS, source.definitions)).encode())
-    return f"{source.function}-{digest.hexdigest()[:16]}.so"
+    file = _ROOT / source.file
+    digest = hashlib.sha256()
+    for path in (file, *(file.parent / header for header in source.headers)):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    digest.update(repr((FLAGS, source.definitions, source.targets)).encode())
+    return f"{source.name}-{digest.hexdigest()[:16]}.so"
 
 
 def build(source: Source, folder: Path, *, nvcc: str = "nvcc") -> Built:
-    """The library in `folder`, compiled unless the same source is there already; a minute and 2 GB of memory.
+    """The library in `folder`, compiled unless the same source is there already; up to a minute and 2 GB of memory.
 
     Raises KernelError where nvcc is missing or refuses.
     """
@@ -84,6 +124,7 @@ def build(source: Source, folder: Path, *, nvcc: str = "nvcc") -> Built:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         command = [nvcc, *FLAGS, *(f"-D{name}" for name in source.definitions), "-I", str(include_folder())]
+        command += [f"-gencode=arch=compute_{target},code=sm_{target}" for target in source.targets]
         command += ["-o", str(temporary), str(_ROOT / source.file)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -100,35 +141,104 @@ def read_log(path: Path, text: str) -> Built:
     return Built(path, max(registers, default=0), sum(spills), text.count("C7510"))
 
 
-class Projection:
-    """uvqk_silu of one CUTLASS library."""
+class Loaded:
+    """The function of one CUTLASS library, in this process."""
 
-    def __init__(self, source: Source, path: Path) -> None:
-        for name in ("libcudart.so.13", "libcudart.so.12", "libcudart.so"):
-            try:
-                ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-                break
-            except OSError:
-                continue
-        else:
-            raise KernelError("there is no CUDA runtime in this process", fix="import torch (a CUDA build) first")
+    def __init__(self, source: Source, folder: Path) -> None:
+        path = folder / library_name(source)
+        if not path.is_file():
+            raise KernelError(
+                f"{folder}: there is no {path.name}",
+                got=", ".join(sorted(p.name for p in folder.glob("*.so"))) or "no library at all",
+                expected=f"{source.name}, built from the sources that are here",
+                fix=f"python -m kernels.cutlass_build {folder} {source.name}",
+            )
+        _load_runtime()
         try:
-            self._library = ctypes.CDLL(str(path))
+            library = ctypes.CDLL(str(path))
         except OSError as error:
             raise KernelError(f"{path}: the library cannot be loaded ({error})") from None
-        self._function = getattr(self._library, source.function)
-        self._library.uvqk_silu_status.restype = ctypes.c_char_p
+        self.source = source
+        self._function = getattr(library, source.function)
+        self._status = getattr(library, source.status)
+        self._status.restype = ctypes.c_char_p
 
-    def run(
-        self, addresses: tuple[int, int, int, int, int, int], sizes: tuple[int, int, int],
-        rows: tuple[int, int, int], device: int, num_sms: int, stream: int,
-    ) -> None:  # fmt: skip
-        """Queue out = SiLU(x Wᵀ + b): addresses of x, weight, bias, x_scale, weight_scale, out; sizes M, N, K; rows are
-        elements from one row of x, weight and out to the next."""
-        status = self._function(
-            *(ctypes.c_void_p(a) for a in addresses), *(ctypes.c_int(n) for n in sizes),
-            *(ctypes.c_int64(n) for n in rows), ctypes.c_int(device), ctypes.c_int(num_sms), ctypes.c_void_p(stream),
-        )  # fmt: skip
+    def call(self, *arguments: Any) -> None:
+        """The function is called, with ctypes arguments in its own order; KernelError in CUDA's words when it fails."""
+        status = self._function(*arguments)
         if status:
-            text = self._library.uvqk_silu_status(ctypes.c_int(status)).decode()
-            raise KernelError(f"CUTLASS refuses the projection: {text}", got=f"M, N, K = {sizes}, rows {rows}")
+            raise KernelError(
+                f"{self.source.name}: the launch failed: {self._status(ctypes.c_int(status)).decode()}",
+                got=", ".join(str(argument.value) for argument in arguments),
+            )
+
+
+def _load_runtime() -> None:
+    for name in ("libcudart.so.13", "libcudart.so.12", "libcudart.so"):
+        try:
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        return
+    raise KernelError("there is no CUDA runtime in this process", fix="import torch (a CUDA build) first")
+
+
+_NUMBERS: Mapping[str, Any] = {"i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
+
+
+def _arguments(launch: Launch, aligned: Sequence[str], fields: str) -> list[Any]:
+    """Values of a launch as ctypes, `fields` "name:kind .."; kind p is an address, i int, l int64, f float.
+
+    Those `aligned` are multiples of 16 bytes: KernelError for another.
+    """
+    made: list[Any] = []
+    for field in fields.split():
+        name, _, kind = field.partition(":")
+        value: Any = launch.values[name] if name in launch.values else launch.sizes[name]
+        number = value.data_ptr() if kind == "p" else value
+        step = 16 if kind == "p" else 8  # rows are counted in elements of two bytes
+        if name in aligned and number % step:
+            raise KernelError(
+                f"{launch.kernel}: {name} is not a multiple of 16 bytes", got=number,
+                fix="use views that begin and step in multiples of 16 bytes",
+            )  # fmt: skip
+        made.append(ctypes.c_void_p(number) if kind == "p" else _NUMBERS[kind](number))
+    return made
+
+
+def run_uvqk(library: Loaded, launch: Launch, device: int, num_sms: int, stream: int) -> None:
+    """Queue out = SiLU(x Wᵀ + b) of a launch of `kernels.uvqk_silu.op`."""
+    fields = "x:p weight:p bias:p x_scale:p weight_scale:p out:p num_rows:i num_columns:i depth:i x_row:l weight_row:l"
+    arguments = _arguments(launch, ("x", "weight", "bias", "x_scale", "weight_scale", "out"), f"{fields} out_row:l")
+    library.call(*arguments, ctypes.c_int(device), ctypes.c_int(num_sms), ctypes.c_void_p(stream))
+
+
+def run_attention(library: Loaded, launch: Launch, num_sms: int, stream: int) -> None:
+    """Queue the attention of a launch of `kernels.hstu_attention.op`, without bias and not gated."""
+    if launch.kernel not in (library.source.name.removesuffix("-g3"), library.source.name.removesuffix("-g3") + "-tma"):
+        raise KernelError(
+            f"{library.source.name} is not a kernel for this call", got=launch.kernel,
+            expected="its type and head size, without bias and not gated",
+        )  # fmt: skip
+    rows = launch.values["q"].shape[0]
+    sized = Launch(launch.kernel, launch.values, {**launch.sizes, "rows": rows})
+    fields = "q:p k:p v:p out:p offsets:p num_targets:p rows:i heads:i users:i longest:i q_row:l k_row:l v_row:l"
+    aligned = ("q", "k", "v", "out", "q_row", "k_row", "v_row", "out_row")
+    arguments = _arguments(sized, aligned, f"{fields} out_row:l scale:f")
+    library.call(*arguments, ctypes.c_int(num_sms), ctypes.c_void_p(stream))
+
+
+def run_interaction(library: Loaded, launch: Launch, num_sms: int, stream: int) -> None:
+    """Queue the pairwise products of a launch of `kernels.interaction.op`: up to 32 features of width 128."""
+    _, features, width = launch.values["x"].shape
+    if features > 32 or width != 128 or not launch.kernel.startswith(library.source.name):
+        raise KernelError(
+            f"{library.source.name} is not a kernel for this call", got=launch.kernel,
+            expected="its type, at most 32 features, of width 128",
+        )  # fmt: skip
+    sizes = {"features": features, "with_self": int(launch.kernel.endswith("-self"))}
+    sized = Launch(launch.kernel, launch.values, {**launch.sizes, **sizes})
+    arguments = _arguments(
+        sized, ("x", "x_row"), "x:p out:p num_samples:l features:i x_row:l out_row:l with_self:i"
+    )  # fmt: skip
+    library.call(*arguments, ctypes.c_int(num_sms), ctypes.c_void_p(stream))

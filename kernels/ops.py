@@ -247,10 +247,10 @@ def _(x: Tensor, with_self: bool = False) -> Tensor:
 
 
 @torch.library.custom_op("hstu::embedding_bag", mutates_args=())
-def embedding_bag(table: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
+def embedding_bag(table: Tensor, ids: Tensor, offsets: Tensor, checked: bool = False) -> Tensor:
     """Sums [B, D] of table rows ids[offsets[b] : offsets[b+1]], int64."""
     out = torch.empty((len(offsets) - 1, table.shape[1]), dtype=table.dtype, device=table.device)
-    launch = bag_op.launch(table, ids, offsets, out)
+    launch = bag_op.launch(table, ids, offsets, out, checked=checked)
     if table.is_cuda:
         _run(launch, device=table.device)
         return out
@@ -258,5 +258,5 @@ def embedding_bag(table: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
 
 
 @embedding_bag.register_fake
-def _(table: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
+def _(table: Tensor, ids: Tensor, offsets: Tensor, checked: bool = False) -> Tensor:
     return torch.empty((offsets.shape[0] - 1, table.shape[1]), dtype=table.dtype, device=table.device)

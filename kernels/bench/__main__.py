@@ -19,25 +19,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-STALL_S = 90.0  # no task takes so long on a GPU; torch.compile's first answer is the slowest
-STALL_INTERPRETED_S = 600.0
+STALL_S = 90.0  # how long a child may be silent before its first task; a task says for itself
 REFRESH_S = 15.0  # how old the report may be, should this process be killed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 when every check passed, 1 otherwise, 2 where the bench cannot start."""
+    """Exit code 0 when every check passed (a dry run: nothing is missing), 1 otherwise, 2 where it cannot start."""
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--kernels", type=Path, default=Path("artifacts/build-kernels"), help="what build-kernels wrote"
     )
     parser.add_argument("--cutlass", type=Path, help="folder of CUTLASS libraries (python -m kernels.cutlass_build)")
-    parser.add_argument("--out", type=Path, required=True, help="the report to write")
+    parser.add_argument("--out", type=Path, help="the report to write")
     parser.add_argument("--seconds", type=float, default=440.0, help="when everything must have ended")
     parser.add_argument("--section", action="append", help="only these sections; may be given several times")
     parser.add_argument("--only", metavar="REGEX", help="only tasks whose name it is found in")
     parser.add_argument("--interpret", action="store_true", help="no GPU: Triton's interpreter, small checks alone")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="no GPU: list the tasks, and say what they would miss; nothing runs"
+    )
+    parser.add_argument("--sm", type=int, default=90, help="with --dry-run: for which SM")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # the child: when to stop, seconds since 1970
     given = parser.parse_args(argv)
+    if given.dry_run:
+        from kernels.bench.worker import rehearse
+
+        return rehearse(given)
+    if given.out is None:
+        parser.error("the following arguments are required: --out")
     if given.until is not None:
         from kernels.bench.worker import work
 
@@ -64,7 +73,7 @@ def supervise(given: argparse.Namespace, argv: list[str]) -> int:
         child = subprocess.Popen(
             [sys.executable, "-m", str(__package__), *argv, "--until", str(until)], env=environment
         )  # fmt: skip
-        code = _watch(child, given.out, until, STALL_INTERPRETED_S if given.interpret else STALL_S)
+        code = _watch(child, given.out, until)
         if code in (0, 2):
             break
         restarts += 1
@@ -76,7 +85,7 @@ def supervise(given: argparse.Namespace, argv: list[str]) -> int:
     return 0 if report["checks"] and all(check.get("ok") for check in report["checks"].values()) else 1
 
 
-def _watch(child: subprocess.Popen[bytes], out: Path, until: float, stall_s: float) -> int:
+def _watch(child: subprocess.Popen[bytes], out: Path, until: float) -> int:
     """The child's exit code; it is killed when it stalls or when the time is over. The report is kept up to date."""
     record, written = record_of(out), time.time()
     while True:
@@ -87,10 +96,19 @@ def _watch(child: subprocess.Popen[bytes], out: Path, until: float, stall_s: flo
                 write(out, record, finished=False)
                 written = time.time()
             last = record.stat().st_mtime if record.is_file() else time.time()
-            if time.time() > until + 5 or time.time() - last > stall_s:
+            if time.time() > until + 5 or time.time() - last > patience(record):
                 child.kill()
                 child.wait()
                 return -9
+
+
+def patience(record: Path) -> float:
+    """How many seconds the task that runs may take: what the last line says."""
+    lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
+    try:
+        return float(json.loads(lines[-1])["stall_s"]) if lines else STALL_S
+    except (json.JSONDecodeError, KeyError):
+        return STALL_S
 
 
 def read(record: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], dict[str, Any]]]:
@@ -157,7 +175,8 @@ def summary(report: dict[str, Any]) -> str:
         best = min(times, key=lambda config: times[config])
         lines.append(f"best of {len(times)} configs of {kernel}: {best} {times[best]:.1f} us")
     lines += [
-        f"rival {n}: " + ", ".join(f"{k} {v['us']:.1f} us" for k, v in r.items())
+        f"rival {n}: "
+        + ", ".join(f"{k} {v['us']:.1f} us" if "us" in v else f"{k} {next(iter(v))}" for k, v in r.items())
         for n, r in report["rivals"].items()
         if r
     ]

@@ -1,62 +1,109 @@
-"""The CUTLASS libraries in the bench: checked, then timed."""
+"""The CUTLASS libraries in the bench: each checked as Triton's kernels are, on the same problems, then timed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kernels.bench import problems
+from kernels import cutlass
+from kernels.bench import cases, problems, tasks
 from kernels.bench.machine import Machine
-from kernels.cutlass import UVQK, Projection, library_name
+from kernels.bench.problems import Problem
+from kernels.bench.tasks import Found, Result, Task
 from kernels.errors import KernelError
 
-if TYPE_CHECKING:
-    from kernels.bench.tasks import Task
+STALL_S = 25.0  # a barrier that nobody comes to would hold up the rest
+Run = Callable[[Problem], None]
 
 
 def plan(machine: Machine, folder: Path, seconds: float) -> Iterator[Task]:
-    """One task per library: checked on odd sizes, then timed at M16384 N4096 K1024."""
-    from kernels.bench.tasks import Task
+    """A check of every library, and the times of those for bf16: each stands or fails alone."""
+    for name, source in cutlass.SOURCES.items():
+        yield Task(("check", f"cutlass {name}"), partial(check, machine, folder, source), STALL_S)
+    for name, source in cutlass.SOURCES.items():
+        for case in cases.timings():
+            if case.kernel in kernels_of(source):
+                run = partial(measure, machine, folder, source, case, seconds)
+                yield Task(("cutlass", f"{name}: {case.name}"), run, STALL_S)
 
-    for name in UVQK:
-        yield Task(("cutlass", f"uvqk_silu {name}"), partial(uvqk, machine, folder, name, seconds))
+
+def kernels_of(source: cutlass.Source) -> tuple[str, ...]:
+    """The Triton kernels whose calls a library answers."""
+    name = source.name.removesuffix("-g3")
+    if source.function == "interaction":
+        return (f"{name}-f27-d128", f"{name}-f27-d128-self")
+    return (name,)
 
 
-def uvqk(
-    machine: Machine, folder: Path, name: str, seconds: float, found: Mapping[tuple[str, ...], dict[str, Any]]
-) -> dict[str, Any]:  # fmt: skip
-    """Error and time of the projection of one type."""
-    from kernels.bench.tasks import error_of, rates, tolerance_of
+def runner(machine: Machine, folder: Path, source: cutlass.Source) -> Run:
+    """What runs a problem with a library, on the current stream; KernelError where the library is not there."""
+    library = cutlass.Loaded(source, folder)
 
-    path = folder / library_name(UVQK[name])
-    if not path.is_file():
-        raise KernelError(
-            f"{path.name} is not in {folder}", fix="build it with python -m kernels.cutlass_build and carry it"
-        )
-    projection = Projection(UVQK[name], path)
-    dtype = name.removeprefix("int8-")
+    def run(problem: Problem) -> None:
+        launch, stream = problem.launches[0], torch.cuda.current_stream().cuda_stream
+        if source.function == "hstu_attention":
+            cutlass.run_attention(library, launch, machine.num_sms, stream)
+        elif source.function == "interaction":
+            cutlass.run_interaction(library, launch, machine.num_sms, stream)
+        else:
+            cutlass.run_uvqk(library, launch, 0, machine.num_sms, stream)
 
-    def run(problem: problems.Problem) -> None:
-        values = problem.launches[0].values
-        addresses = [values[n].data_ptr() for n in ("x", "weight", "bias", "x_scale", "weight_scale", "out")]
-        sizes = [values[n] for n in ("num_rows", "num_columns", "depth")]
-        rows = [values[n] for n in ("x_row", "weight_row", "out_row")]
-        projection.run(
-            tuple(addresses), tuple(sizes), tuple(rows), 0, machine.num_sms, torch.cuda.current_stream().cuda_stream
-        )  # type: ignore[arg-type]
+    return run
 
-    worst = 0.0
-    for m, n, k in ((1, 16, 64), (1000, 528, 256), (16384, 4096, 1024)):
-        problem = problems.uvqk_silu(machine.device, dtype, m, n, k, int8="int8" in name, seed=m)
-        run(problem)
-        machine.wait()
-        worst = max(worst, error_of(problem.out, problem.truth()))
-    if not worst <= tolerance_of(dtype):
-        raise KernelError(f"CUTLASS uvqk_silu {name} is wrong: not timed", got=worst)
-    sets = [problems.uvqk_silu(machine.device, dtype, 16384, 4096, 1024, int8="int8" in name, seed=s) for s in range(2)]
-    timing = machine.time([partial(run, p) for p in sets], seconds)
-    return rates(sets[0], timing, "int8" if "int8" in name else "matrix", found) | {"error": worst}
+
+def check(machine: Machine, folder: Path, source: cutlass.Source, _: Found) -> Result:
+    """The worst of the checks that the Triton kernels pass, and of those that this library alone needs."""
+    run = runner(machine, folder, source)
+    results = [tasks.check(machine, case.make, case.kernel, run=run) for case in cases.checks(list(kernels_of(source)))]
+    if source.function == "hstu_attention":
+        results.append(neighbours(machine, source, run))
+    if source.function.startswith("uvqk_silu"):
+        dtype, int8 = source.name.rpartition("-")[2], "int8" in source.name
+        for m, n, k in ((1, 16, 64), (16384, 4096, 1024)):
+            make = partial(_projection, dtype, m, n, k, int8)
+            results.append(tasks.check(machine, make, dtype, run=run))
+    return max(results, key=lambda result: result["error"]) | {
+        "same_bits_twice": all(result["same_bits_twice"] for result in results),
+        "ok": all(result["ok"] for result in results),
+    }
+
+
+def neighbours(machine: Machine, source: cutlass.Source, run: Run) -> Result:
+    """The error of users beside one whose rows are NaN: tiles reach into the next user's rows."""
+    (kernel,) = kernels_of(source)
+    dtype, width = kernel.split("-")[1], int(kernel.rpartition("-d")[2])
+    problem = problems.attention(machine.device, dtype, [70, 40, 129], 2, width, targets=[0, 0, 30], seed=3)
+    truth, values = problem.truth(), problem.launches[0].values
+    for name in ("q", "k", "v"):
+        values[name][70:110] = float("nan")
+    run(problem)
+    machine.wait()
+    others = [*range(70), *range(110, 239)]
+    error, tolerance = tasks.error_of(problem.out[others], truth[others]), tasks.tolerance_of(kernel)
+    return {"error": error, "tolerance": tolerance, "same_bits_twice": True, "ok": error <= tolerance}
+
+
+def _projection(dtype: str, m: int, n: int, k: int, int8: bool, device: torch.device, seed: int) -> Problem:
+    return problems.uvqk_silu(device, dtype, m, n, k, int8=int8, seed=seed)
+
+
+def measure(
+    machine: Machine, folder: Path, source: cutlass.Source, case: cases.Case, seconds: float, found: Found
+) -> Result:  # fmt: skip
+    """The time of a library on one problem, after its check: a wrong kernel is not timed."""
+    if not found.get(("check", f"cutlass {source.name}"), {}).get("ok"):
+        raise KernelError(f"cutlass {source.name} did not pass its check: not timed")
+    run, sets = runner(machine, folder, source), tasks.buffers(machine, case)
+    run(sets[0])
+    machine.wait()
+    error = tasks.error_of(sets[0].out, sets[0].truth())
+    if not error <= tasks.tolerance_of(source.name):
+        raise KernelError(f"cutlass {source.name}: wrong at this size: not timed", got=error)
+    timing = machine.time([partial(run, problem) for problem in sets], seconds)
+    result = tasks.rates(sets[0], timing, case.floor, found) | {"error": error, "buffers": len(sets)}
+    if case.target_us is not None:
+        result |= {"target_us": case.target_us, "target_met": timing.us <= case.target_us}
+    return result

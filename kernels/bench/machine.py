@@ -43,17 +43,56 @@ class Machine(Protocol):
     def time(self, runs: Sequence[Run], seconds: float) -> Timing: ...
 
 
-class GPU:
+class Shelf:
+    """The kernels of a folder that `build-kernels` wrote, for one SM; nothing runs, and no GPU is needed."""
+
+    device, num_sms = torch.device("cpu"), 132
+
+    def __init__(self, folder: Path, sm: int) -> None:
+        self._compiled = CompiledKernels(folder, sm)
+        self._names = sorted(path.stem for path in (folder / f"sm_{sm}").glob("*.json"))
+
+    def facts(self) -> dict[str, Any]:
+        """That this is no device."""
+        return {"device": "none", "sm": self._compiled.sm, "driver": "none", "torch": torch.__version__}
+
+    def kernels(self) -> list[str]:
+        """The kernels that ship."""
+        return [name for name in self._names if "@" not in name]
+
+    def configs(self, kernel: str) -> list[str]:
+        """Every config of a kernel that was compiled; the one that ships first."""
+        others = [name.partition("@")[2] for name in self._names if name.startswith(f"{kernel}@")]
+        return [self._compiled.kernel(kernel).description["config"], *others]
+
+    def prepare(self, launch: Launch) -> None:
+        """KernelError where the launch does not fit the kernel; tensor maps are left to a GPU's driver."""
+        kernel = self._compiled.kernel(launch.kernel)
+        if not kernel.description["tensor_maps"]:
+            kernel.prepare(launch)
+
+    def run(self, launch: Launch, config: str | None = None) -> None:
+        """Never: there is no GPU."""
+        raise KernelError("nothing runs without a GPU", got=f"{launch.kernel}, config {config}")
+
+    def wait(self) -> None:
+        """Nothing is ever queued."""
+
+    def time(self, runs: Sequence[Run], seconds: float) -> Timing:
+        """Never: there is no GPU."""
+        raise KernelError("nothing is timed without a GPU", got=f"{len(runs)} runs, {seconds} s")
+
+
+class GPU(Shelf):
     """The current CUDA device, with the kernels of a folder that `build-kernels` wrote."""
 
     def __init__(self, folder: Path) -> None:
-        self.device = torch.device("cuda")
         properties = torch.cuda.get_device_properties(0)
+        super().__init__(folder, 10 * properties.major + properties.minor)
+        self.device = torch.device("cuda")
         torch.zeros(1, device=self.device)  # makes the context that the driver calls below use
         self.num_sms = properties.multi_processor_count
         self._properties = properties
-        self._compiled = CompiledKernels(folder, 10 * properties.major + properties.minor)
-        self._names = sorted(path.stem for path in (folder / f"sm_{self._compiled.sm}").glob("*.json"))
 
     def facts(self) -> dict[str, Any]:
         """Name, SM and versions: what a measurement depends on."""
@@ -71,15 +110,6 @@ class GPU:
             "driver": answer.split(",")[0].strip(), "nvidia_smi": answer.strip(), "torch": torch.__version__,
             "cuda": str(torch.version.cuda), "triton": triton.__version__,
         }  # fmt: skip
-
-    def kernels(self) -> list[str]:
-        """The kernels that ship."""
-        return [name for name in self._names if "@" not in name]
-
-    def configs(self, kernel: str) -> list[str]:
-        """Every config of a kernel that was compiled; the one that ships first."""
-        others = [name.partition("@")[2] for name in self._names if name.startswith(f"{kernel}@")]
-        return [self._compiled.kernel(kernel).description["config"], *others]
 
     def run(self, launch: Launch, config: str | None = None) -> None:
         """Queue a launch on the current stream."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import eager
+from kernels.bench import meta
 from kernels.embedding_bag import op as bag_op
 from kernels.hstu_attention import op as attention_op
 from kernels.interaction import op as interaction_op
@@ -28,14 +29,16 @@ EDGES = tuple(max(2, int(1.3512**bucket)) for bucket in range(1, 129))
 @dataclass(kw_only=True)
 class Problem:
     """launches fill `out`; `truth` computes it in float64 (float32 where that is too large); flops and bytes of one
-    run, each input read and each output written once; rivals compute the same, or as many flops, in other ways."""
+    run, each input read and each output written once; rivals compute the same, or as many flops, in other ways: those
+    named in `same` give `out`, and a text says why one is not to be had."""
 
     launches: list[Launch]
     out: Tensor
     truth: Callable[[], Tensor]
     flops: float
     bytes: float
-    rivals: dict[str, Callable[[], object]] = field(default_factory=dict)
+    rivals: dict[str, Callable[[], object] | str] = field(default_factory=dict)
+    same: tuple[str, ...] = ()
 
 
 def _generator(seed: int, device: torch.device) -> torch.Generator:
@@ -84,12 +87,14 @@ def attention(
     )  # fmt: skip
     if rivals and min(lengths) == longest:
         problem.rivals = _dense_rivals(q, k, v, len(lengths), longest, max_length)
+        problem.rivals["meta_triton"] = meta.attention(q, k, v, offsets, longest, max_length)
+        problem.same = ("meta_triton",)
     return problem
 
 
 def _dense_rivals(
     q: Tensor, k: Tensor, v: Tensor, users: int, length: int, max_length: int
-) -> dict[str, Callable[[], object]]:
+) -> dict[str, Callable[[], object] | str]:
     dense = [x.reshape(users, length, *x.shape[1:]).transpose(1, 2).contiguous() for x in (q, k, v)]
     mask = torch.ones((length, length), dtype=torch.bool, device=q.device).tril()
 

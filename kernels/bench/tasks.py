@@ -15,6 +15,7 @@ import torch
 from kernels.bench import cases, problems
 from kernels.bench.machine import Machine, Timing
 from kernels.bench.problems import Problem
+from kernels.checks import NAMES
 from kernels.errors import KernelError
 from kernels.spec import TOLERANCES
 
@@ -26,10 +27,12 @@ _BIGGER_THAN_L2 = 160 << 20  # bytes of buffers to go through in turn, so that n
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """key is [section, name, ..]; `run` takes what earlier tasks found, by key, and gives its own result."""
+    """key is [section, name, ..]; `run` takes what earlier tasks found, by key, and gives its own result; who runs it
+    waits stall_s for an answer (torch.compile's first is the slowest)."""
 
     key: tuple[str, ...]
     run: Callable[[Found], Result]
+    stall_s: float = 90.0
 
 
 def plan(machine: Machine, *, cutlass: Path | None, small: bool = False, seconds: float = 0.4) -> Iterator[Task]:
@@ -40,7 +43,7 @@ def plan(machine: Machine, *, cutlass: Path | None, small: bool = False, seconds
         for name, ceiling in CEILINGS.items():
             yield Task(("ceiling", name), partial(_ceiling, machine, ceiling, seconds))
     for case in checks:
-        yield Task(("check", case.kernel), partial(_check, machine, case))
+        yield Task(("check", case.kernel), partial(_check, machine, case), stall_s=600.0 if small else 90.0)
     if small:
         return
     timed = [case for case in cases.timings() if case.kernel in names]
@@ -90,22 +93,31 @@ def launch(machine: Machine, problem: Problem, config: str | None = None) -> Non
         machine.run(one, config if place == 0 else None)
 
 
+def _launch(machine: Machine, config: str | None, problem: Problem) -> None:
+    launch(machine, problem, config)
+
+
 def _poison(out: torch.Tensor) -> torch.Tensor:
     """A copy of what stood in an output before the kernel ran."""
     return out.clone()
 
 
-def check(machine: Machine, make: cases.Make, kernel: str, config: str | None = None) -> Result:
-    """Error against float64 on two draws, and whether the same input twice gave the same bits."""
+def check(
+    machine: Machine, make: cases.Make, kernel: str, config: str | None = None,
+    run: Callable[[Problem], None] | None = None,
+) -> Result:  # fmt: skip
+    """Error against float64 on two draws, and whether the same input twice gave the same bits; of what `run` does with
+    a problem, or else of the compiled kernel."""
+    run = run or partial(_launch, machine, config)
     worst, same = 0.0, True
     for seed in (1, 2):
         problem = make(machine.device, seed)
         before = _poison(problem.out)
-        launch(machine, problem, config)
+        run(problem)
         machine.wait()
         first = problem.out.clone()
         problem.out.copy_(before)
-        launch(machine, problem, config)
+        run(problem)
         machine.wait()
         same &= bool(torch.equal(first, problem.out))
         worst = max(worst, error_of(problem.out, problem.truth()))
@@ -113,7 +125,8 @@ def check(machine: Machine, make: cases.Make, kernel: str, config: str | None = 
     return {"error": worst, "tolerance": tolerance, "same_bits_twice": same, "ok": same and worst <= tolerance}
 
 
-def _sets(machine: Machine, case: cases.Case) -> list[Problem]:
+def buffers(machine: Machine, case: cases.Case) -> list[Problem]:
+    """The same problem on as many buffers as do not fit into the L2 cache together."""
     first = case.make(machine.device, 0)
     count = min(8, max(1, math.ceil(_BIGGER_THAN_L2 / max(1.0, first.bytes))))
     return [first, *(case.make(machine.device, seed) for seed in range(1, count))]
@@ -134,7 +147,7 @@ def measure(machine: Machine, case: cases.Case, seconds: float, found: Found) ->
     """The time of the config that ships, after its check: a wrong kernel is not timed."""
     if not found.get(("check", case.kernel), {}).get("ok"):
         raise KernelError(f"{case.kernel} did not pass its check: not timed")
-    sets = _sets(machine, case)
+    sets = buffers(machine, case)
     launch(machine, sets[0])
     machine.wait()
     error = error_of(sets[0].out, sets[0].truth())
@@ -155,15 +168,35 @@ def sweep(
     verdict = check(machine, checked.make, case.kernel, config)
     if not verdict["ok"]:
         raise KernelError(f"{case.kernel}@{config} is wrong: not timed", got=verdict["error"])
-    sets = _sets(machine, case)
+    sets = buffers(machine, case)
     timing = machine.time([partial(launch, machine, p, config) for p in sets], seconds)
     return rates(sets[0], timing, case.floor, found)
 
 
 def _rivals(machine: Machine, case: cases.Case, seconds: float, _: Found) -> Result:
-    """Times of the other ways to do the same, or as many operations: microseconds by name."""
+    """Times of the other ways to do the same, or as many operations, by name; or why one has none."""
     problem = case.make(machine.device, 0)
-    return {name: {"us": machine.time([run], seconds).us} for name, run in problem.rivals.items()}
+    return {name: _rival(machine, problem, name, run, seconds) for name, run in problem.rivals.items()}
+
+
+def _rival(
+    machine: Machine, problem: Problem, name: str, run: Callable[[], object] | str, seconds: float
+) -> Result:  # fmt: skip
+    if isinstance(run, str):
+        return {"absent": run}
+    try:
+        error = None
+        if name in problem.same:
+            answer = run()
+            assert isinstance(answer, torch.Tensor)
+            error = error_of(answer, problem.truth())
+            if not error <= tolerance_of(NAMES[problem.out.dtype]):
+                return {"failed": f"wrong, so not timed: error {error:.3g}"}
+        us = machine.time([run], seconds).us
+    except (RuntimeError, ValueError, TypeError, LookupError, ImportError, AttributeError, AssertionError) as failure:
+        clean()
+        return {"failed": f"{type(failure).__name__}: {str(failure).splitlines()[0]}"}
+    return {"us": us} | ({} if error is None else {"error": error})
 
 
 def _copy(machine: Machine, seconds: float) -> Result:

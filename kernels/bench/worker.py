@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from kernels.bench.__main__ import read
-from kernels.bench.machine import GPU, Interpreter, Machine
+from kernels.bench.cases import checks
+from kernels.bench.machine import GPU, Interpreter, Machine, Shelf
 from kernels.bench.tasks import clean, plan
+from kernels.cutlass import SOURCES, library_name
 from kernels.errors import KernelError
 
 RESERVE_S = 8.0  # a task is not begun when less is left
@@ -27,6 +29,30 @@ def open_machine(given: argparse.Namespace) -> Machine:
     if not torch.cuda.is_available():
         raise KernelError("there is no GPU here", fix="run on a machine with one, or with --interpret for the checks")
     return GPU(given.kernels)
+
+
+def rehearse(given: argparse.Namespace) -> int:
+    """0 when all that the tasks need is there and fits: every task is named, and every check's launch prepared."""
+    try:
+        shelf = Shelf(given.kernels, given.sm)
+    except KernelError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    faults: list[str] = []
+    for case in checks(shelf.kernels()):
+        try:
+            for launch in case.make(shelf.device, 1).launches:
+                shelf.prepare(launch)
+        except KernelError as error:
+            faults.append(str(error))
+    if given.cutlass is not None:
+        there = {source.name: (given.cutlass / library_name(source)).is_file() for source in SOURCES.values()}
+        faults += [f"{given.cutlass}: no library of today's {name}" for name, found in there.items() if not found]
+    for task in plan(shelf, cutlass=given.cutlass):
+        sys.stdout.write(" ".join(task.key) + "\n")
+    for fault in faults:
+        sys.stderr.write(f"missing: {fault}\n")
+    return 1 if faults else 0
 
 
 def work(given: argparse.Namespace, record: Path) -> int:
@@ -52,7 +78,7 @@ def work(given: argparse.Namespace, record: Path) -> int:
             if time.time() > given.until - RESERVE_S:
                 sys.stderr.write(f"bench: the time is over before {' '.join(task.key)}\n")
                 return 0
-            put(key=task.key)
+            put(key=task.key, stall_s=task.stall_s)
             try:
                 result = task.run(found)
             except (KernelError, RuntimeError, ValueError, TypeError, KeyError, OSError, AssertionError) as error:

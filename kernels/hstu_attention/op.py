@@ -7,7 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.checks import dtype_name, head_rows, require_offsets, require_reach, require_shape, require_type
+from kernels.checks import (
+    dtype_name,
+    head_rows,
+    require_offsets,
+    require_reach,
+    require_shape,
+    require_type,
+    require_vector,
+)
 from kernels.errors import KernelError
 from kernels.hstu_attention.variants import name
 from kernels.spec import Launch
@@ -38,11 +46,9 @@ def bucket_edges(thresholds: tuple[int, ...], device: torch.device | None = None
 def check_bias(bias: RelativeBias, max_length: int, rows: int) -> None:
     """KernelError unless tables and times fit a model of max_length positions and `rows` rows."""
     for field, size in (("position_bias", 2 * max_length - 1), ("time_bias", EDGES), ("bucket_edges", EDGES)):
-        require_type(field, getattr(bias, field), torch.float32)
-        require_shape(field, getattr(bias, field).contiguous(), (size,))
+        require_vector(field, getattr(bias, field), torch.float32, size)
     for field in ("times", "next_times"):
-        require_type(field, getattr(bias, field), torch.int64)
-        require_shape(field, getattr(bias, field), (rows,))
+        require_vector(field, getattr(bias, field), torch.int64, rows)
 
 
 def launch(
@@ -64,8 +70,7 @@ def launch(
     require_reach(longest, strides)
     users = len(offsets) - 1
     for n, x, size in (("offsets", offsets, users + 1), ("num_targets", num_targets, users)):
-        require_type(n, x, torch.int64)
-        require_shape(n, x, (size,))
+        require_vector(n, x, torch.int64, size)
     if users < 1 or rows == 0:
         raise KernelError("an empty batch: nothing to attend", got=f"{users} users, {rows} rows")
     if longest > max_length:

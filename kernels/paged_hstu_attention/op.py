@@ -15,6 +15,7 @@ from kernels.checks import (
     require_reach,
     require_shape,
     require_type,
+    require_vector,
 )
 from kernels.errors import KernelError
 from kernels.hstu_attention.op import EDGES
@@ -59,10 +60,17 @@ def _check_cache(cache: Tensor, table: Tensor, dtype: torch.dtype, heads: int, w
 
 
 def _check_lengths(what: str, lengths: Tensor, requests: int, lowest: int, room: int) -> None:
-    require_type(what, lengths, torch.int32)
-    require_shape(what, lengths, (requests,))
+    require_vector(what, lengths, torch.int32, requests)
     if int(lengths.min()) < lowest or int(lengths.max()) > room:
         raise KernelError(f"{what} are out of range", got=lengths.tolist()[:16], expected=f"{lowest}..{room}")
+
+
+def _check_pages(cache: Tensor, table: Tensor, lengths: Tensor) -> None:
+    """KernelError where a page that a request's events stand in is none of the cache's."""
+    first = torch.arange(table.shape[1], device=table.device) * cache.shape[2]
+    used = table[first[None, :] < lengths[:, None]]
+    if used.numel() and (int(used.min()) < 0 or int(used.max()) >= len(cache)):
+        raise KernelError("table: there is no such page", got=used.tolist()[:16], expected=f"0..{len(cache) - 1}")
 
 
 def _bias_values(
@@ -71,11 +79,9 @@ def _bias_values(
     if bias is None:
         return dict.fromkeys(("times", "next_times", "position_bias", "time_bias", "bucket_edges"), nothing)
     for field, size in (("position_bias", 2 * max_length - 1), ("time_bias", EDGES), ("bucket_edges", EDGES)):
-        require_type(field, getattr(bias, field), torch.float32)
-        require_shape(field, getattr(bias, field), (size,))
+        require_vector(field, getattr(bias, field), torch.float32, size)
     for field, size in (("times", cache.shape[0] * cache.shape[2]), ("next_times", rows)):
-        require_type(field, getattr(bias, field), torch.int64)
-        require_shape(field, getattr(bias, field), (size,))
+        require_vector(field, getattr(bias, field), torch.int64, size)
     return {
         "times": bias.times, "next_times": bias.next_times, "position_bias": bias.position_bias,
         "time_bias": bias.time_bias, "bucket_edges": bias.bucket_edges,
@@ -104,6 +110,7 @@ def decode(
         raise KernelError("histories are longer than the model's positions or the pages", got=longest, expected=room)
     if not checked:
         _check_lengths("lengths", lengths, requests, 1, longest)
+        _check_pages(cache, table, lengths)
     if splits > 1:
         if workspace is None:
             raise KernelError("decode in several splits needs a workspace", got=f"{splits} splits")
@@ -141,12 +148,13 @@ def extend(
     requests = len(starts) - 1
     if requests < 1 or rows == 0:
         raise KernelError("an empty batch: nothing to attend", got=f"{requests} requests, {rows} rows")
-    require_type("starts", starts, torch.int32)
+    require_vector("starts", starts, torch.int32, requests + 1)
     table_row = _check_cache(cache, table, q.dtype, heads, width, requests)
     if not checked:
         require_offsets(starts, rows, longest, max_length)
         room = min(max_length, table.shape[1] * cache.shape[2])
         _check_lengths("contexts", contexts, requests, 0, room)
+        _check_pages(cache, table, contexts)
         _check_lengths("num_targets", num_targets, requests, 0, longest)
         if int((contexts + starts.diff() - num_targets).max()) > max_length or bool(
             (num_targets > starts.diff()).any()
@@ -164,8 +172,7 @@ def extend(
     if bias is not None:
         if bias.row_times is None:
             raise KernelError("extend with a bias needs the new rows' times", expected="row_times int64 [T]")
-        require_type("row_times", bias.row_times, torch.int64)
-        require_shape("row_times", bias.row_times, (rows,))
+        require_vector("row_times", bias.row_times, torch.int64, rows)
         values["row_times"] = bias.row_times
     sizes = {"longest": longest, "heads": heads, "requests": requests, "page_size": cache.shape[2]}
     return Launch(name("extend", dtype, width, bias=bias is not None), values, sizes)
@@ -181,8 +188,7 @@ def write(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> Launch:
     k_row, v_row = head_rows("k", k), head_rows("v", v)
     require_type("v", v, k.dtype)
     require_shape("v", v, k.shape)
-    require_type("slots", slots, torch.int64)
-    require_shape("slots", slots, (rows,))
+    require_vector("slots", slots, torch.int64, rows)
     if rows == 0:
         raise KernelError("an empty batch: nothing to write")
     _check_cache(cache, slots.new_zeros((1, 1), dtype=torch.int32), k.dtype, heads, width, 1)

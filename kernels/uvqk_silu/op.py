@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.checks import dtype_name, matrix_rows, require_shape, require_type
+from kernels.checks import dtype_name, matrix_rows, require_shape, require_type, require_vector
 from kernels.errors import KernelError
 from kernels.spec import Launch
 from kernels.uvqk_silu.variants import name
@@ -28,13 +28,11 @@ def launch(
         require_type(n, t, torch.int8 if int8 else out.dtype)
     require_shape("weight", weight, (num_columns, depth))
     require_shape("out", out, (num_rows, num_columns))
-    require_type("bias", bias, torch.float32)
-    require_shape("bias", bias, (num_columns,))
+    require_vector("bias", bias, torch.float32, num_columns)
     x_scale, weight_scale = scales or (bias, bias)
     if int8:
         for n, t, size in (("x_scale", x_scale, num_rows), ("weight_scale", weight_scale, num_columns)):
-            require_type(n, t, torch.float32)
-            require_shape(n, t, (size,))
+            require_vector(n, t, torch.float32, size)
     if num_rows == 0:
         raise KernelError("an empty batch: nothing to project")
     values = {

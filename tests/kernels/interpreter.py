@@ -109,6 +109,8 @@ def hstu_attention() -> Iterator[Case]:
     for tile in ((16, 64), (64, 16), (32, 32)):
         yield attention_case("fp32", [65, 33, 0], [20, 33, 0], biased=True, gated=True, tile=tile, seed=1)
     yield attention_case("fp32", [511], [100], heads=1, biased=True, tile=(128, 128))
+    yield attention_case("fp16", [511, 1], [511, 1], heads=1, gated=True, tile=(128, 128))
+    yield attention_case("fp16", [511, 63], [60, 0], heads=1, width=64, tma=True, tile=(128, 128))
     for width in (8, 25, 50):
         yield attention_case("fp32", [65, 1], [3, 0], width=width, biased=True, gated=True)
     for dtype, biased in product(DTYPES, (False, True)):

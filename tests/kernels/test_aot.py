@@ -13,6 +13,7 @@ import pytest
 
 from kernels import aot, tuning
 from kernels.artifacts import CompiledKernel, CompiledKernels
+from kernels.bench import __main__ as bench
 from kernels.catalogue import OPS, catalogue
 from kernels.errors import KernelError
 from kernels.spec import SHARED_LIMIT, Config, Kernel, Launch, configs_for
@@ -152,6 +153,20 @@ def folder(sample: list[aot.Compiled], tmp_path: Path) -> Path:
         place.with_suffix(".json").write_text(json.dumps(dict(one.description)))
         place.with_suffix(".cubin").write_bytes(one.cubin)
     return tmp_path
+
+
+def test_a_dry_run_names_every_task_and_what_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--dry-run", "--kernels", str(folder)]
+    assert bench.main(arguments) == 0
+    tasks = capsys.readouterr().out.splitlines()
+    assert [task for task in tasks if task.startswith("check")] == [f"check {name}" for name in sorted(SAMPLE)]
+    assert any(task.startswith("time attention-tma bf16 B32 H8 D64 N2048") for task in tasks)
+    assert bench.main([*arguments, "--cutlass", str(folder)]) == 1
+    said = capsys.readouterr()
+    assert "missing" in said.err
+    assert "no library of today's hstu_attention-bf16-d64" in said.err
+    assert "check cutlass interaction-bf16" in said.out.splitlines()
+    assert bench.main([*arguments, "--sm", "80"]) == 2
 
 
 def values_for(description: dict[str, Any]) -> dict[str, Any]:

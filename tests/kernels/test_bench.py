@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from kernels import cutlass, eager
 from kernels.bench import __main__ as bench
-from kernels.bench import cases, problems, tasks, worker
+from kernels.bench import cases, cutlass_tasks, meta, problems, tasks, worker
 from kernels.bench.machine import Timing
 from kernels.errors import KernelError
 from kernels.spec import Launch
@@ -95,7 +96,10 @@ def test_the_plan_has_every_task_once_and_ceilings_first() -> None:
     keys = [task.key for task in tasks.plan(machine, cutlass=Path("nowhere"))]
     assert len(set(keys)) == len(keys)
     assert [key[0] for key in keys[:3]] == ["ceiling"] * 3
-    assert {key[1] for key in keys if key[0] == "check"} == set(names)
+    libraries = [f"cutlass {name}" for name in cutlass.SOURCES]
+    assert {key[1] for key in keys if key[0] == "check"} == {*names, *libraries}
+    timed_libraries = {key[1].partition(":")[0] for key in keys if key[0] == "cutlass"}
+    assert timed_libraries == {name for name in cutlass.SOURCES if "bf16" in name}
     timed = [case for case in cases.timings() if case.kernel in names]
     assert len(timed) == len(list(cases.timings())), "every timed case has a kernel"
     assert list(dict.fromkeys(key[0] for key in keys)) == list(tasks.SECTIONS)
@@ -140,6 +144,104 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "there is no GPU here" in done.stderr
     assert not report["finished"]
+
+
+def truthful_attention(problem: problems.Problem, wrong: float = 0.0) -> None:
+    values = problem.launches[0].values
+    names = ("q", "k", "v", "offsets", "num_targets", "max_length")
+    q, k, v, offsets, targets, max_length = (values[name] for name in names)
+    parts = [
+        eager.attention(
+            q[a:b].double(), k[a:b].double(), v[a:b].double(), torch.tensor([0, b - a]), t, max_length, None
+        )
+        for a, b, t in zip(offsets[:-1].tolist(), offsets[1:].tolist(), targets.split(1), strict=True)
+    ]
+    problem.out.copy_(torch.cat(parts) * (1 + wrong))
+
+
+def test_a_library_is_checked_as_triton_s_kernels_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = cutlass.SOURCES["hstu_attention-bf16-d64"]
+    for wrong, ok in ((0.0, True), (0.1, False)):
+        monkeypatch.setattr(cutlass_tasks, "runner", lambda *_: lambda p: truthful_attention(p, wrong))  # noqa: B023
+        verdict = cutlass_tasks.check(Truthful(), Path(), source, {})
+        assert verdict["ok"] is ok
+        found = {("check", "cutlass hstu_attention-bf16-d64"): verdict}
+        case = cases.Case(
+            "small", "hstu_attention-bf16-d64", lambda d, s: problems.attention(d, "bf16", [70, 3], 2, 64, seed=s)
+        )
+        if ok:
+            assert cutlass_tasks.measure(Truthful(), Path(), source, case, 0.1, found)["us"] == 100.0
+        else:
+            with pytest.raises(KernelError, match="did not pass its check"):
+                cutlass_tasks.measure(Truthful(), Path(), source, case, 0.1, found)
+
+
+def test_a_library_that_lets_a_neighbour_s_nan_in_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaky(problem: problems.Problem) -> None:
+        truthful_attention(problem)
+        problem.out[0] = float("nan") if problem.out.isnan().any() else problem.out[0]
+
+    verdict = cutlass_tasks.neighbours(Truthful(), cutlass.SOURCES["hstu_attention-bf16-d64"], leaky)
+    assert not verdict["ok"]
+
+
+def test_libraries_that_are_not_there_fail_their_checks_alone(tmp_path: Path) -> None:
+    for task in cutlass_tasks.plan(Truthful(), tmp_path, 0.1):
+        with pytest.raises(KernelError, match=r"there is no|did not pass its check"):
+            task.run({})
+
+
+def test_meta_s_kernel_is_called_by_whatever_names_it_has() -> None:
+    q = torch.randn((6, 2, 8))
+    offsets = torch.tensor([0, 3, 6])
+
+    def older(
+        N: int,  # noqa: N803
+        alpha: float,
+        q: Any,
+        k: Any,
+        v: Any,
+        seq_offsets: Any,
+        causal: bool,
+        sort: bool = False,
+    ) -> Any:
+        assert (N, alpha, causal) == (3, 1.0, True)
+        return q / N
+
+    def newer(max_seq_len: int, alpha: float, q: Any, k: Any, v: Any, seq_offsets: Any, attn_scale: Any) -> Any:
+        return q * attn_scale
+
+    for function in (older, newer):
+        assert torch.allclose(meta.bound(function, q, q, q, offsets, 3, 5), q / 5)
+
+
+def test_a_rival_is_timed_absent_or_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    problem = problems.attention(CPU, "bf16", [5, 5], 2, 8, rivals=True)
+    assert problem.rivals["meta_triton"] == "generative_recommenders is not installed"
+    problem.rivals = {"fine": lambda: None, "gone": "not installed", "broken": lambda: 1 / torch.zeros(2)[3], "wrong":
+                      lambda: torch.zeros_like(problem.out)}  # fmt: skip
+    problem.same = ("wrong",)
+    case = cases.Case("rivals", "hstu_attention-bf16-d8", lambda d, s: problem)
+    result = tasks._rivals(Truthful(), case, 0.1, {})
+    assert result["fine"] == {"us": 100.0}
+    assert result["gone"] == {"absent": "not installed"}
+    assert result["broken"]["failed"].startswith("IndexError")
+    assert result["wrong"]["failed"].startswith("wrong, so not timed")
+    text = bench.summary(
+        {"device": {}, "finished": True, "ceilings": {}, "checks": {}, "timings": {}, "cutlass": {}, "sweep": {},
+         "rivals": {"rivals": result}, "errors": {}}
+    )  # fmt: skip
+    assert "rival rivals: fine 100.0 us, gone absent, broken failed, wrong failed" in text
+
+
+def test_a_hanging_task_is_given_up_after_its_own_patience(tmp_path: Path) -> None:
+    record = tmp_path / "r.jsonl"
+    assert bench.patience(record) == bench.STALL_S
+    record.write_text('{"key": ["check", "a"], "stall_s": 25.0}\n')
+    assert bench.patience(record) == 25.0
+    record.write_text('{"key": ["check", "a"], "stall_s": 25.0}\n{"key": ["check", "a"], "resu')
+    assert bench.patience(record) == bench.STALL_S
 
 
 def test_a_report_survives_crashes_errors_and_a_torn_last_line(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hstu.time_buckets import THRESHOLDS
+from kernels.embedding_bag import op as bag
 from kernels.errors import KernelError
 from kernels.hstu_attention import op as attention
 from kernels.interaction import op as interaction
@@ -22,7 +23,7 @@ from kernels.uvqk_silu import op as uvqk
 
 ROOT = Path(__file__).parents[2]
 NUM_CASES = {
-    "hstu_attention": 19, "time_bucket": 1, "paged_hstu_attention": 14, "uvqk_silu": 6, "interaction": 4,
+    "hstu_attention": 21, "time_bucket": 1, "paged_hstu_attention": 14, "uvqk_silu": 6, "interaction": 4,
     "embedding_bag": 2,
 }  # fmt: skip
 
@@ -90,6 +91,11 @@ BAD_ATTENTION = {
     ),
     "bias table": (lambda: {"bias": bias_of(position_bias=torch.zeros(14))}, "position_bias: wrong shape"),
     "times": (lambda: {"bias": bias_of(times=torch.zeros(10))}, "times: wrong type"),
+    "strided table": (
+        lambda: {"bias": bias_of(position_bias=torch.zeros(30)[::2])},
+        "position_bias: values do not lie side by side",
+    ),
+    "strided offsets": (lambda: {"offsets": torch.tensor([0, 9, 4, 9, 4, 9, 10])[::2]}, "offsets: values do not lie"),
 }
 
 
@@ -122,12 +128,71 @@ def decode_call(**changes: Any) -> dict[str, Any]:
         ({"longest": 33}, "longer than the model's positions or the pages"),
         ({"splits": 4}, "needs a workspace"),
         ({"q": torch.zeros((0, 2, 16), dtype=torch.float16)}, "empty batch"),
+        ({"table": torch.tensor([[0, 5], [0, 0]], dtype=torch.int32)}, "there is no such page"),
+        ({"table": torch.tensor([[0, 1], [-1, 0]], dtype=torch.int32)}, "there is no such page"),
+        ({"q": torch.zeros((2, 2, 32), dtype=torch.float16)[:, :, ::2]}, "q: the last dimension is not contiguous"),
+        ({"q": torch.zeros((2, 2, 16), dtype=torch.float64)}, "not a type the kernels take"),
     ],
 )
 def test_a_bad_decode_is_refused(changes: dict[str, Any], message: str) -> None:
     paged.decode(**decode_call())
     with pytest.raises(KernelError, match=message):
         paged.decode(**decode_call(**changes))
+
+
+def test_a_page_that_no_event_stands_in_may_be_anything() -> None:
+    paged.decode(**decode_call(table=torch.tensor([[0, 1], [2, -7]], dtype=torch.int32)))
+
+
+def extend_call(**changes: Any) -> dict[str, Any]:
+    rows = torch.zeros((10, 2, 16), dtype=torch.float16)
+    call: dict[str, Any] = {
+        "q": rows, "k": rows, "v": rows, "cache": torch.zeros((5, 2, 16, 32), dtype=torch.float16),
+        "out": torch.empty_like(rows), "starts": torch.tensor([0, 4, 10], dtype=torch.int32),
+        "contexts": torch.tensor([0, 20], dtype=torch.int32), "num_targets": torch.tensor([4, 2], dtype=torch.int32),
+        "table": torch.zeros((2, 2), dtype=torch.int32), "longest": 6, "max_length": 24, "bias": None,
+    }  # fmt: skip
+    return call | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"starts": torch.tensor([0, 11, 10], dtype=torch.int32)}, "offsets do not rise"),
+        ({"starts": torch.tensor([0, 4, 10])}, "starts: wrong type"),
+        ({"longest": 5}, "more rows than `longest`"),
+        ({"contexts": torch.tensor([0, 21], dtype=torch.int32)}, "longer than the model's positions"),
+        ({"contexts": torch.tensor([0, 33], dtype=torch.int32)}, "contexts are out of range"),
+        ({"num_targets": torch.tensor([5, 2], dtype=torch.int32)}, "more targets than rows"),
+        ({"table": torch.full((2, 2), 5, dtype=torch.int32)}, "there is no such page"),
+        ({"k": torch.zeros((10, 2, 16))}, "k: wrong type"),
+        ({"starts": torch.tensor([0], dtype=torch.int32)}, "empty batch"),
+    ],
+)
+def test_a_bad_extend_is_refused(changes: dict[str, Any], message: str) -> None:
+    paged.extend(**extend_call())
+    with pytest.raises(KernelError, match=message):
+        paged.extend(**extend_call(**changes))
+
+
+@pytest.mark.parametrize(
+    ("ids", "offsets", "message"),
+    [
+        ([1, 2], [0, 2, 1], "offsets do not rise"),
+        ([1, 2], [0, 3], "reach beyond the ids"),
+        ([1, 9], [0, 2], "there is no such row"),
+        ([-1, 2], [0, 2], "there is no such row"),
+        ([1, 2], [0], "empty batch"),
+    ],
+)
+def test_bad_bags_are_refused(ids: list[int], offsets: list[int], message: str) -> None:
+    table = torch.zeros((9, 128))
+    out = torch.zeros((len(offsets) - 1, 128))
+    bag.launch(table, torch.tensor([1, 8]), torch.tensor([0, 0, 2]), torch.zeros((2, 128)))
+    with pytest.raises(KernelError, match=message):
+        bag.launch(table, torch.tensor(ids), torch.tensor(offsets), out)
+    with pytest.raises(KernelError, match="offsets: wrong type"):
+        bag.launch(table, torch.tensor(ids), torch.tensor(offsets, dtype=torch.int32), out)
 
 
 def test_splits_depend_on_shapes_alone_and_fill_the_gpu() -> None:
@@ -152,6 +217,21 @@ def test_other_bad_calls_are_refused() -> None:
         uvqk.launch(rows, weight, bias, out, (torch.zeros(4), torch.zeros(32)))
     with pytest.raises(KernelError, match="empty batch"):
         uvqk.launch(rows[:0], weight, bias, out[:0])
+    with pytest.raises(KernelError, match="x: rows are not contiguous"):
+        uvqk.launch(torch.zeros((4, 128), dtype=torch.bfloat16)[:, ::2], weight, bias, out)
+    with pytest.raises(KernelError, match="bias: values do not lie side by side"):
+        uvqk.launch(rows, weight, torch.zeros(64)[::2], out)
+    with pytest.raises(KernelError, match="no float32 kernel"):
+        uvqk.launch(rows.float(), weight.float(), bias, out.float())
+    k, cache = torch.zeros((3, 2, 16)), torch.zeros((5, 2, 16, 32))
+    paged.write(k, k, cache, torch.arange(3))
+    for bad, message in (
+        ((k, k.half(), cache, torch.arange(3)), "v: wrong type"),
+        ((k, k, cache, torch.arange(6)[::2]), "slots: values do not lie side by side"),
+        ((k[:0], k[:0], cache, torch.arange(0)), "empty batch"),
+    ):
+        with pytest.raises(KernelError, match=message):
+            paged.write(*bad)
 
 
 @pytest.mark.parametrize("text", ["__import__('os')", "a.b", "cdiv(1)", "2 ** 9", "a if b else c", "[1]", "nothing"])
