@@ -111,6 +111,20 @@ def benchmark(
     settings.show(json.loads(path.read_text()), f"{path}\n{settings.reports / 'report.html'}")
 
 
+@command("ladder")
+def ladder(
+    settings: Settings,
+    case: Annotated[str, typer.Option(help="Of the benchmark: whose model climbs.")] = "small",
+    seconds: Annotated[float, typer.Option(min=0.01, help="Of each cell, all runtimes together.")] = 6.0,
+) -> None:
+    """Measure every optimisation beside eager PyTorch in one run, vLLM and hot users too; write ladder.json."""
+    from stages import ladder as climbing
+    from stages.report_ladder import render
+
+    report = climbing.climb(settings.workspace(), case, seconds=seconds)
+    settings.show(report, render(report))
+
+
 @command("gate")
 def gate(
     settings: Settings,

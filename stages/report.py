@@ -12,7 +12,8 @@ from typing import Any
 from stages import report_sections as sections
 from stages.caching.compare import html_table
 from stages.contract import Workspace
-from stages.report_evidence import Evidence, gather
+from stages.report_evidence import Evidence, gather, read_gpus, read_ladder
+from stages.report_ladder import ladder_html, ladder_table
 from stages.report_markdown import markdown
 from stages.report_speed import speed
 from stages.report_style import STYLE
@@ -37,6 +38,7 @@ def page(evidence: Evidence) -> str:
     identity = evidence.lineage["bundle"][0]
     title = f"HSTU bundle {evidence.description['version']}"
     chapters = [
+        ("ladder", "What each step is worth", ladder_html(evidence.ladder, evidence.gpus)),
         ("quality", "Model and data", sections.quality(evidence)),
         ("gates", "What each precision costs", sections.gates(evidence)),
         ("speed", "Speed and memory", speed(evidence)),
@@ -62,9 +64,10 @@ def page(evidence: Evidence) -> str:
 
 
 def write_summary(benchmark: Mapping[str, Any], reports: Path) -> None:
-    """`reports/summary.md` has the tables of the benchmark as Markdown."""
+    """`reports/summary.md` has the ladder and the tables of the benchmark as Markdown."""
     staged = reports / f".{SUMMARY}.tmp"
-    staged.write_text(markdown(benchmark))
+    ladder = read_ladder(reports)
+    staged.write_text(markdown(benchmark, None if ladder is None else ladder_table(ladder, read_gpus(reports))))
     staged.replace(reports / SUMMARY)
 
 

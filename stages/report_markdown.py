@@ -9,8 +9,8 @@ from stages.measure.cases import CASES
 from stages.report_tables import Table, batches, one_user, returning
 
 
-def markdown(benchmark: Mapping[str, Any]) -> str:
-    """Every case with its tables: one user on one thread, returning users, batches."""
+def markdown(benchmark: Mapping[str, Any], ladder: Table | None = None) -> str:
+    """The ladder; every case with its tables: one user on one thread, returning users, batches."""
     environment = benchmark["environment"]
     parts = [
         "# Measured",
@@ -18,6 +18,8 @@ def markdown(benchmark: Mapping[str, Any]) -> str:
         f"bundle `{benchmark['bundle'][:12]}`. Ratios are medians over interleaved rounds; ~ marks a row during which "
         "other work had the cores, † a peer that is timed although its answers are wrong.",
     ]
+    if ladder is not None:
+        parts += ["## What each step is worth", _table(ladder)]
     for case in (case.name for case in CASES if case.name in benchmark["cases"]):
         rows = [row for row in benchmark["results"] if row["case"] == case]
         scaling = [row for row in benchmark.get("scaling", []) if row["case"] == case]

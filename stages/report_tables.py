@@ -9,7 +9,9 @@ from hstu.tolerances import TOLERANCES
 from stages.gate_checks import is_disturbed
 from stages.report_evidence import Row
 
-RUNTIMES = ("torch-eager", "torch-compile", "onnx-plain", "openvino-plain", "engine", "engine-padded", "vllm")
+RUNTIMES = (
+    "torch-eager", "torch-features", "torch-compile", "onnx-plain", "openvino-plain", "engine", "engine-padded", "vllm",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -204,6 +204,12 @@ class VllmRuntime:
                     found[int(output.request_id.split("-")[0])] = decode_slates(output.outputs.data)
         return stack_slates([found[user] for user in range(len(histories))], width)
 
+    def forget(self) -> None:
+        """No page holds anything of an answer before: the next one is computed whole."""
+        with self._lock:
+            for engine in self._engines.values():
+                engine.reset_prefix_cache()
+
     def close(self) -> None:
         """Release the engines' memory; the runtime must not be used after."""
         with self._lock:

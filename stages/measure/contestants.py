@@ -12,11 +12,25 @@ from serving.engine import read_spec
 from stages.measure.cases import BenchmarkEntry, Cell, ThreadMode
 
 RuntimeName = Literal[
-    "torch-eager", "torch-compile", "onnx-plain", "openvino-plain", "engine", "engine-padded", "vllm", "gemm"
+    "torch-eager",
+    "torch-features",
+    "torch-compile",
+    "onnx-plain",
+    "openvino-plain",
+    "engine",
+    "engine-padded",
+    "vllm",
+    "gemm",
 ]
 PADDED: RuntimeName = "engine-padded"  # an engine that computes the padding too: what packing is measured against
 EAGER: RuntimeName = "torch-eager"
-PEERS = ("torch-eager", "torch-compile", "onnx-plain", "openvino-plain")  # not ours: their answers fail no gate
+PEERS = (
+    "torch-eager",
+    "torch-features",
+    "torch-compile",
+    "onnx-plain",
+    "openvino-plain",
+)  # not ours: their answers fail no gate
 PLAIN: RuntimeName = "onnx-plain"
 GEMM: RuntimeName = "gemm"  # no runtime of the model: the matrix products that every share is a share of
 
@@ -64,7 +78,7 @@ class Contestant:
             return (*compiled, "extend", "generate")
         if self.runtime == "vllm":
             return ("generate",)
-        if self.runtime == PADDED:
+        if self.runtime in (PADDED, "torch-features"):
             return ("retrieve",)
         return (*compiled, "extend") if self.runtime in (PLAIN, "engine") else compiled
 

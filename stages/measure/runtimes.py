@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hstu.config import HSTUConfig
 from hstu.data.histories import Histories
 from hstu.errors import InputError
-from hstu.signature import EntryName
+from hstu.signature import EntryName, num_results
 from serving.engine import BACKENDS, Array, open_engine
 from serving.user_state import Origin, StatefulEngine, UserState, extend, start
 from stages.measure.cases import SLATE, BenchmarkEntry
@@ -62,6 +62,8 @@ def open_runtime(contestant: Contestant, threads: int) -> Runtime | Roof:
     if contestant.runtime == "torch-eager":
         eager = Eager if contestant.precision == "fp32" else EagerBfloat16
         return eager(contestant.folder, threads)
+    if contestant.runtime == "torch-features":
+        return Features(contestant.folder, threads)
     if contestant.runtime == "torch-compile":
         return Compiled(contestant.folder, threads)
     if contestant.runtime == "onnx-plain":
@@ -116,6 +118,29 @@ class Eager:
         scores = scores.masked_fill(taken, -torch.inf)
         shortfall = scores.amax(-1) - scores.gather(2, (chosen - 1).unsqueeze(-1)).squeeze(-1)
         return float(shortfall.max())
+
+
+class Features:
+    """Eager PyTorch without padding in its products, and with a last layer for the last event alone."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        from serving.engines.torch import open_torch_engine
+        from stages.measure.features import Featured
+
+        self.model = Featured(open_torch_engine(folder, threads=threads).model)
+
+    def answer(self, entry: BenchmarkEntry, request: Request) -> Mapping[str, Array]:
+        import torch
+
+        if entry != "retrieve":
+            raise InputError(f"this runtime has no {entry!r} entry", expected="retrieve")
+        with torch.inference_mode():
+            embedding, items, scores = self.model.retrieve(_history(request))
+        return {
+            "user_embedding": embedding.numpy(),
+            "top_item_ids": items.numpy(),
+            "top_scores": scores.numpy(),
+        }
 
 
 class EagerBfloat16:
@@ -230,18 +255,28 @@ class CompiledEngine:
 
 
 class Vllm:
-    """The bundle in vLLM: greedy slates from a paged cache."""
+    """The bundle in vLLM: user embeddings, retrieval and greedy slates from a paged cache."""
 
     def __init__(self, folder: Path) -> None:
         from serving.vllm_plugin.runtime import VllmRuntime
 
         self.runtime = VllmRuntime(folder)
 
+    def remember(self, request: Request) -> None:
+        """No page is left of what was answered before, but of what these users did before their newest events."""
+        self.runtime.forget()
+        if request.new_events:
+            seen = seen_before(request.histories, request.new_events)
+            self.runtime.embed(part(request.histories, seen * 0, seen))
+
     def answer(self, entry: BenchmarkEntry, request: Request) -> Mapping[str, Array]:
-        if entry != "generate":
-            raise InputError(f"vLLM is measured on slates, not on {entry!r}")
-        items, _ = self.runtime.greedy_slates(request.histories, SLATE)
-        return {"slates": items}
+        if entry == "rank":
+            raise InputError("vLLM is measured on users and slates, not on 'rank'")
+        if entry == "generate":
+            return {"slates": self.runtime.greedy_slates(request.histories, SLATE)[0]}
+        k = num_results(self.runtime.config)
+        embedding, items, scores = self.runtime.retrieve(request.histories, k)
+        return {"user_embedding": embedding, "top_item_ids": items, "top_scores": scores}
 
 
 def _history(request: Request) -> History:

@@ -66,7 +66,7 @@ class Session:
     scaling: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     calibration_ms: list[float] = field(default_factory=list)
-    _baselines_mib: dict[Contestant, float] = field(default_factory=dict)
+    baselines_mib: dict[Contestant, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         left_out = [c for c in self.contestants[1:] if str(c) in self.choice.leave_out]
@@ -83,7 +83,7 @@ class Session:
             wanted = [cell for cell in cells(self.case, self.config, entries, mode) if self.choice.wants(cell)]
             contestants = [c for c in self.contestants if any(self._takes_part(c, cell) for cell in wanted)]
             if wanted:
-                with self._opened(contestants, threads=_threads(mode)) as (workers, roof):
+                with self.opened(contestants, threads=_threads(mode)) as (workers, roof):
                     self._measure_group(workers, roof, wanted, mode)
 
     def _takes_part(self, contestant: Contestant, cell: Cell) -> bool:
@@ -97,7 +97,7 @@ class Session:
             able = [worker for worker in workers if self._takes_part(worker.contestant, cell)]
             found = measure_cell(able, roof, self.config, self.case, cell, self.effort, rng)
             for worker in [worker for worker in workers if worker.contestant in found.broken]:
-                self._skip(worker, found.broken[worker.contestant])
+                self.skip(worker, found.broken[worker.contestant])
                 workers.remove(worker)
             self.on_cell(found)
             self.rows += result_rows(
@@ -105,7 +105,7 @@ class Session:
                 self.config,
                 threads=_threads(mode),
                 weights_bytes=weights_bytes,
-                baselines_mib=self._baselines_mib,
+                baselines_mib=self.baselines_mib,
             )
 
     def _measure_scaling(self) -> None:
@@ -114,13 +114,13 @@ class Session:
             return
         able = [c for c in self.contestants if c.runtime == "engine" or (c.runtime == EAGER and c.precision == "fp32")]
         rng = np.random.default_rng([self.seed, len(self.scaling)])
-        with self._opened(able, threads=1) as (one, roof), self._opened(able, threads=num_cores()) as (all_, _):
+        with self.opened(able, threads=1) as (one, roof), self.opened(able, threads=num_cores()) as (all_, _):
             self.calibration_ms.append(roof.call("calibration_ms"))
             pairs = list(zip(one, all_, strict=True))
             self.scaling += measure_scaling(pairs, self.config, self.case, cell, self.effort, rng, threads=num_cores())
 
     @contextlib.contextmanager
-    def _opened(self, contestants: Sequence[Contestant], threads: int) -> Iterator[tuple[list[Worker], Worker]]:
+    def opened(self, contestants: Sequence[Contestant], threads: int) -> Iterator[tuple[list[Worker], Worker]]:
         """Workers of all contestants that can run here, and one for the matrix products, loaded at the same time."""
         checkpoint = self.contestants[0].checkpoint
         products = Contestant(runtime=GEMM, backend="any", precision="any", folder=checkpoint, checkpoint=checkpoint)
@@ -134,13 +134,14 @@ class Session:
                 try:
                     opened = worker.receive(timeout_s=self.effort.first_answer_s)
                 except WorkerError as error:
-                    self._skip(worker, error)
+                    self.skip(worker, error)
                 else:
-                    self._baselines_mib[worker.contestant] = opened["baseline_mib"]
+                    self.baselines_mib[worker.contestant] = opened["baseline_mib"]
                     ready.append(worker)
             yield ready[1:], ready[0]
 
-    def _skip(self, worker: Worker, error: WorkerError) -> None:
+    def skip(self, worker: Worker, error: WorkerError) -> None:
+        """Leave a runtime out that broke down, and say why; raises what it raised when it is not optional."""
         if not worker.contestant.optional:
             raise error
         worker.close()

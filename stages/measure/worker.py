@@ -29,7 +29,7 @@ from stages.measure.cases import BenchmarkEntry
 from stages.measure.contestants import Contestant
 from stages.measure.gemm import Roof
 from stages.measure.requests import Request
-from stages.measure.runtimes import CompiledEngine, Eager, Runtime, open_runtime, prepare
+from stages.measure.runtimes import CompiledEngine, Eager, Runtime, Vllm, open_runtime, prepare
 from stages.measure.statistics import significant
 
 ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
@@ -154,8 +154,8 @@ class Seat:
         seconds = []
         waited_before = process.core_wait_s()
         for request in requests:
-            if entry == "extend" and isinstance(runtime, CompiledEngine):
-                runtime.remember(request)  # the visit before
+            if isinstance(runtime, Vllm) or (entry == "extend" and isinstance(runtime, CompiledEngine)):
+                runtime.remember(request)  # the visit before; of vLLM nothing else may be in its pages
             started, used = time.perf_counter(), time.process_time()
             runtime.answer(entry, request)
             if slower:

@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -84,6 +85,33 @@ def test_a_changed_byte_is_found(copy: Path) -> None:
 @pytest.mark.parametrize("mask", [0x01, 0x20, 0x80, 0xFF])
 def test_any_changed_byte_is_found(copy: Path, mask: int) -> None:
     assert_every_flip_is_found(copy, step=1, mask=mask)
+
+
+@pytest.mark.slow
+def test_changed_bytes_of_a_real_bundle_are_found(tmp_path: Path) -> None:
+    """Of the bundle that `make run` made: twenty bytes of every file, and 300 of wherever they fall."""
+    made = Path(__file__).parents[3] / "artifacts" / "bundle"
+    if not (made / "manifest.json").is_file():
+        pytest.skip("no artifacts/bundle: run make run first")
+    private, _ = write_keys(tmp_path / "keys")
+    ship(made, tmp_path / "shipped", key=private)
+    files = sorted(path for path in (tmp_path / "shipped").rglob("*") if path.is_file())
+    sizes = np.array([path.stat().st_size for path in files])
+    rng = np.random.default_rng(0)
+    places = [(index, int(rng.integers(size))) for index, size in enumerate(sizes) for _ in range(20)]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    for byte in rng.integers(starts[-1], size=300):
+        index = int(np.searchsorted(starts, byte, side="right")) - 1
+        places.append((index, int(byte - starts[index])))
+    for index, offset in places:
+        with files[index].open("r+b", buffering=0) as stream:
+            (before,) = os.pread(stream.fileno(), 1, offset)
+            os.pwrite(stream.fileno(), bytes([before ^ (1 << rng.integers(8))]), offset)
+            with pytest.raises(ArtifactError) as refusal:
+                read_whole(tmp_path / "shipped")
+            os.pwrite(stream.fileno(), bytes([before]), offset)
+        assert refusal.value.exit_code == 4, (files[index].name, offset)
+    read_whole(tmp_path / "shipped")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
