@@ -57,6 +57,9 @@ endif
 lock: ## recompile locks/*.txt from locks/*.in
 	.venv/bin/uv pip compile locks/cpu.in --overrides locks/overrides.txt $(UV_FLAGS) --python-version 3.11 \
 	  --no-header --no-annotate --output-file locks/cpu.txt
+	grep -v '^torch==' locks/cpu.txt > .venv/constraints.txt
+	for one in cluster tools; do .venv/bin/uv pip compile locks/$$one.in -c .venv/constraints.txt $(UV_FLAGS) \
+	  --python-version 3.11 --no-header --no-annotate | grep -vxFf locks/cpu.txt > locks/$$one.txt; done
 
 docs: environment ## regenerate docs/CLI.md
 	python cli.py reference > docs/CLI.md

@@ -95,11 +95,16 @@ def benchmark(
     compile_only: Annotated[
         bool, typer.Option("--compile-only", help="Compile the models of the cases, measure nothing.")
     ] = False,
+    mode: Annotated[
+        Literal["single", "batch", "comprehensive"],
+        typer.Option(help="One user at a time on one thread; batches on all cores; or all that the parameters say."),
+    ] = "comprehensive",
 ) -> None:
     """Measure every runtime of the bundle beside eager PyTorch; write benchmark.json and report.html."""
-    from stages.benchmark import compile_cases
+    from stages.benchmark import MODES, compile_cases
     from stages.pipeline import stage
 
+    settings.set_values = [*MODES[mode], *settings.set_values]  # what is set by hand comes last, and wins
     if case:
         settings.set_values.append(f"benchmark.cases={json.dumps(case)}")
     if compile_only:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+import time
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,12 +56,35 @@ def recommend(
     rebuild: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Rebuild an engine of another GPU or version below DIR, once.")
     ] = None,
+    mode: Annotated[
+        Literal["single", "batch", "comprehensive"],
+        typer.Option(help="One user with the time it took, all users, or every runtime and strategy side by side."),
+    ] = "batch",
+    user: Annotated[str | None, typer.Option(help="Which user of --mode single (default: the first).")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Parquet to Parquet on Ray Data (locks/cluster.txt).")] = False,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder of Parquet files (--ray).")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Of --ray.")] = 1,
+    cluster: Annotated[str | None, typer.Option(metavar="ADDRESS|auto", help="A Ray cluster (default: here).")] = None,
 ) -> None:
     """Answer requests: JSON lines in, JSON lines out, in the same order."""
     from serving.bundle import open_bundle
     from serving.recommender import Recommender, open_retriever
     from serving.requests import read_requests
 
+    if ray:
+        if output is None:
+            raise UsageError("--ray writes a folder of Parquet files", fix="pass --output DIR")
+        from serving.server import require_ray
+
+        require_ray()
+        from serving.tables import recommend_table
+
+        rows = recommend_table(
+            bundle, Path(input_), output, k=k, runtime=runtime, engine=precision, threads=threads,
+            processes=processes, cluster=cluster,
+        )  # fmt: skip
+        settings.show({"output": str(output), "rows": rows}, f"{output}  {rows} answers")
+        return
     if exclude_history and slate is None:
         raise UsageError("--exclude-history belongs to --slate", fix="add --slate greedy")
     asked = None
@@ -72,6 +97,19 @@ def recommend(
     with _lines(input_) as stream:
         requests = read_requests(stream, source="stdin" if input_ == "-" else input_)
     opened = open_bundle(bundle)
+    if mode == "comprehensive":
+        from serving.side_by_side import side_by_side, text_table
+
+        compared = []
+        for row in side_by_side(opened, requests, k=k, threads=threads):
+            say(f"{row.strategy} by {row.runtime}: {row.not_run or 'done'}")
+            compared.append(row)
+        settings.show([dataclasses.asdict(row) for row in compared], text_table(compared))
+        return
+    if mode == "single":
+        requests = [request for request in requests if user in (None, str(request.user_id))][:1]
+        if not requests:
+            raise InputError(f"{input_}: no request of user {user!r}", fix="name a user_id of the file")
     rebuilt = None
     if rebuild is not None:
         from stages.rebuild import rebuilt_if_needed
@@ -80,6 +118,9 @@ def recommend(
     recommender = Recommender(
         opened, open_retriever(opened, runtime, engine=precision, threads=threads, rebuilt=rebuilt)
     )
+    if mode == "single":  # once before, so that the time is that of an answer and not of the first
+        list(recommender.recommend(requests, num_items=k, embeddings=embeddings, slate=asked))
+    began = time.perf_counter()
     with compiling.progress("users", total=len(requests)) as advance_to:
         answers = recommender.recommend(
             requests,
@@ -91,7 +132,10 @@ def recommend(
             ),
             on_progress=advance_to,
         )
-        lines = [json.dumps(answer, ensure_ascii=False) for answer in answers]
+        found = list(answers)
+    if mode == "single":
+        found[0]["ms"] = round((time.perf_counter() - began) * 1e3, 3)
+    lines = [json.dumps(answer, ensure_ascii=False) for answer in found]
     print("\n".join(lines))
 
 
@@ -115,36 +159,53 @@ def serve(
     batch_wait_ms: Annotated[float, typer.Option(min=0.0, help="How long a request waits for company.")] = 2.0,
     deadline_ms: Annotated[int, typer.Option(min=1, help="Of requests that name none.")] = 1000,
     threads: Annotated[int | None, typer.Option(min=1, help="Of each runtime (default: all cores).")] = None,
+    vllm_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Of vllm.LLM, such as tensor_parallel_size=2 (with --vllm)."),
+    ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="More than one run on Ray Serve (locks/cluster.txt).")] = 1,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS|auto", help="Deploy on this Ray cluster, or roll it over to this bundle, and end."
+        ),
+    ] = None,
+    replica_cpus: Annotated[float, typer.Option(min=0.0, help="Cores that Ray counts for a replica.")] = 1.0,
+    replica_gpus: Annotated[float, typer.Option(min=0.0, help="GPUs that Ray gives a replica.")] = 0.0,
 ) -> None:
     """Serve a bundle over HTTP: recommendations, scores, users, metrics; docs at /docs."""
     from serving.bundle import open_bundle
-    from serving.server import read_keys, require_safe
+    from serving.server import read_keys, require_ray, require_safe
     from serving.server import serve as serve_http
-    from serving.settings import ServiceSettings
+    from serving.settings import ServiceSettings, vllm_options
 
     keys = read_keys(api_keys)
     require_safe(host, keys)
-    serve_http(
-        open_bundle(bundle),
-        ServiceSettings(
-            engine=precision,
-            state_form=state_form,
-            vllm=vllm,
-            ranker=ranker,
-            strict=strict,
-            deadline_ms=deadline_ms,
-            max_batch=max_batch,
-            batch_wait_ms=batch_wait_ms,
-            max_queue=max_queue,
-            cache_mib=cache_mib,
-            disk=disk,
-            disk_mib=disk_mib if disk is not None else 0,
-            threads=threads,
-        ),
-        host=host,
-        port=port,
-        keys=keys,
+    opened = open_bundle(bundle)
+    service = ServiceSettings(
+        engine=precision,
+        state_form=state_form,
+        vllm=vllm,
+        vllm_options=vllm_options(vllm_option or ()),
+        ranker=ranker,
+        strict=strict,
+        deadline_ms=deadline_ms,
+        max_batch=max_batch,
+        batch_wait_ms=batch_wait_ms,
+        max_queue=max_queue,
+        cache_mib=cache_mib,
+        disk=disk,
+        disk_mib=disk_mib if disk is not None else 0,
+        threads=threads,
     )
+    if replicas == 1 and cluster is None:
+        serve_http(opened, service, host=host, port=port, keys=keys)
+        return
+    require_ray()
+    from serving.cluster import Deployment, serve_replicas
+
+    how = Deployment(replicas=replicas, cpus=replica_cpus, gpus=replica_gpus, cluster=cluster)
+    serve_replicas(opened, service, how, host=host, port=port, keys=keys)
 
 
 @command("load")

@@ -145,12 +145,12 @@ def _add_routes(app: FastAPI, service: Callable[[], Service], telemetry: Callabl
     @app.post("/v1/users/{user_id}/events", responses=_PROBLEMS, tags=["users"])
     async def add_events(user_id: UserPath, request: EventsRequest) -> EventsAnswer:
         """What the user did; the next recommendation knows it."""
-        return EventsAnswer(user_id=user_id, num_events=service().add_events(user_id, request.events))
+        return EventsAnswer(user_id=user_id, num_events=await service().add_events(user_id, request.events))
 
     @app.delete("/v1/users/{user_id}", responses=_PROBLEMS, tags=["users"])
     async def delete_user(user_id: UserPath) -> DeletedAnswer:
         """Events and state of the user are gone."""
-        return DeletedAnswer(user_id=user_id, deleted=service().delete_user(user_id))
+        return DeletedAnswer(user_id=user_id, deleted=await service().delete_user(user_id))
 
     @app.get("/health", tags=["operations"])
     async def health() -> dict[str, str]:

@@ -26,6 +26,7 @@ from serving.schemas import (
 )
 
 A = TypeVar("A", bound=BaseModel)
+SESSION_HEADER = "x-session-id"  # the user, for whom many replicas stand behind one port: one replica has the state
 _WORTH_ANOTHER_TRY = (429, 503)
 
 
@@ -59,7 +60,7 @@ class Client:
 
     async def recommend(self, **request: Any) -> RecommendAnswer:
         """The best items for `events` or a known `user_id`; fields of RecommendRequest."""
-        return await self._post("/v1/recommend", RecommendRequest(**request), RecommendAnswer)
+        return await self._post("/v1/recommend", RecommendRequest(**request), RecommendAnswer, request.get("user_id"))
 
     async def recommend_batch(self, requests: Sequence[RecommendRequest]) -> BatchAnswer:
         """Many at once, each with its own status."""
@@ -67,11 +68,13 @@ class Client:
 
     async def score(self, **request: Any) -> ScoreAnswer:
         """Task probabilities of `candidates`; fields of ScoreRequest."""
-        return await self._post("/v1/score", ScoreRequest(**request), ScoreAnswer)
+        return await self._post("/v1/score", ScoreRequest(**request), ScoreAnswer, request.get("user_id"))
 
     async def add_events(self, user_id: str, events: Sequence[Event]) -> EventsAnswer:
         """The user did this."""
-        return await self._post(f"/v1/users/{user_id}/events", EventsRequest(events=list(events)), EventsAnswer)
+        return await self._post(
+            f"/v1/users/{user_id}/events", EventsRequest(events=list(events)), EventsAnswer, user_id
+        )
 
     async def delete_user(self, user_id: str) -> DeletedAnswer:
         """The user is forgotten."""
@@ -93,9 +96,9 @@ class Client:
         """Prometheus' text."""
         return (await self._ask("GET", "/metrics")).text
 
-    async def _post(self, path: str, body: BaseModel, answer: type[A]) -> A:
+    async def _post(self, path: str, body: BaseModel, answer: type[A], user_id: str | None = None) -> A:
         content = body.model_dump_json(exclude_none=True)
-        headers = {"content-type": "application/json"}
+        headers = {"content-type": "application/json"} | ({} if user_id is None else {SESSION_HEADER: user_id})
         return answer.model_validate_json((await self._ask("POST", path, content=content, headers=headers)).content)
 
     async def _ask(self, method: str, path: str, **options: Any) -> httpx.Response:

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from hstu.errors import CompilerError, InputError
+from serving.batching import BusyError
 from serving.engine import Array
 from serving.fallback import LOG, Fallback
 from serving.frames import encode, receive
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
 _STARTS_WITHIN_S = 120.0
+_RETRY_AFTER_S = 1.0
 
 
 class WorkerDownError(ConnectionError):
@@ -35,12 +37,15 @@ class Worker:
         *,
         engine: str | None = None,
         threads: int | None = None,
+        max_waiting: int = 256,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.role = role
         self.restarts = 0
+        self.refused = 0
         self.precision = ""
         self.fallback: Fallback | None = None  # when its engine stands in for another
+        self._max_waiting = max_waiting
         self._arguments = [role, str(bundle)]
         self._details = json.dumps({"engine": engine, "options": dict(options or {})})
         self._environment = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
@@ -70,9 +75,13 @@ class Worker:
             raise WorkerDownError(f"the {self.role} worker did not start within {wait_s:.0f} s") from None
 
     async def ask(self, header: Mapping[str, Any], arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """The worker's answer; WorkerDownError when it is down or goes down meanwhile, InputError as it says."""
+        """The worker's answer; WorkerDownError when it is down or goes down meanwhile, BusyError when too many wait,
+        InputError as it says."""
         if self._writer is None or not self.ready:
             raise WorkerDownError(f"the {self.role} worker is down")
+        if len(self._answers) >= self._max_waiting:
+            self.refused += 1
+            raise BusyError(f"the {self.role} worker", _RETRY_AFTER_S)
         number = next(self._numbers)
         future: asyncio.Future[dict[str, Array]] = asyncio.get_running_loop().create_future()
         self._answers[number] = future

@@ -62,10 +62,16 @@ class Runtimes:
         }
         self.workers: dict[str, Worker] = {}
         if settings.ranker and bundle.config.tasks:
-            self.workers["ranker"] = Worker("ranker", bundle.path, engine=settings.engine, threads=settings.threads)
+            self.workers["ranker"] = Worker(
+                "ranker", bundle.path, engine=settings.engine, threads=settings.threads, max_waiting=settings.max_queue
+            )
         if settings.vllm:
             self.workers["slates"] = Worker(
-                "slates", bundle.path, threads=settings.threads, options=settings.vllm_options
+                "slates",
+                bundle.path,
+                threads=settings.threads,
+                max_waiting=settings.max_queue,
+                options=settings.vllm_options,
             )
         self.breakers = {name: Breaker(f"the {name} worker") for name in ("ranker", "slates")}
 
@@ -139,9 +145,7 @@ class Runtimes:
             self.breakers["slates"].failed(UsageError("it was not started (serve --vllm)"), at_once=True)
 
         async def by_vllm(until: float) -> Candidates:
-            arrays = {name: getattr(visit.history, name) for name in ("item_ids", "actions", "timestamps")}
-            arrays["query_time"] = visit.history.feeds(config)["query_time"]
-            answer = await self._ask_worker("slates", {"num_items": num_items}, arrays, until)
+            answer = await self._ask_worker("slates", {"num_items": num_items}, _arrays(visit.history), until)
             return Candidates(item_ids=answer["item_ids"], scores=answer["scores"], runtime="vllm")
 
         choices = [
@@ -189,8 +193,8 @@ class Runtimes:
         return [] if fallback is None else [fallback]
 
     async def _rank(self, history: Histories, candidates: Array, until: float) -> Array:
-        feeds = feeds_for_rank(history, candidates, self.bundle.config)
-        return np.asarray((await self._ask_worker("ranker", {}, feeds, until))["task_scores"][0])
+        arrays = {**_arrays(history), "candidate_ids": np.asarray(candidates, np.int64)}
+        return (await self._ask_worker("ranker", {}, arrays, until))["task_scores"]
 
     async def _rank_torch(self, history: Histories, candidates: Array, _: float) -> Array:
         lane = self.lanes[TORCH]
@@ -202,5 +206,11 @@ class Runtimes:
     async def _ask_worker(
         self, name: str, header: dict[str, int], arrays: dict[str, Array], until: float
     ) -> dict[str, Array]:
-        async with asyncio.timeout(_WORKER_SHARE * max(until - time.monotonic(), 0.0)):
-            return await self.workers[name].ask(header, arrays)
+        within_s = _WORKER_SHARE * max(until - time.monotonic(), 0.0)
+        async with asyncio.timeout(within_s):
+            return await self.workers[name].ask({**header, "within_s": within_s}, arrays)
+
+
+def _arrays(history: Histories) -> dict[str, Array]:
+    """One history as a worker takes it."""
+    return {name: getattr(history, name) for name in ("item_ids", "actions", "timestamps", "query_time")}

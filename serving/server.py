@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import logging
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import uvicorn
 
-from hstu.errors import InputError, UsageError
+from hstu.errors import InputError, MissingBackendError, UsageError
 from serving.api import build_app
 from serving.bundle import Bundle
 from serving.settings import ServiceSettings
@@ -63,3 +64,13 @@ def serve(bundle: Bundle, settings: ServiceSettings, *, host: str, port: int, ke
         server_header=False,
         lifespan="on",
     )
+
+
+def require_ray() -> None:
+    """MissingBackendError when Ray, which runs replicas, is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise MissingBackendError(
+            "replicas and whole tables run on Ray, which is not installed",
+            expected="the packages of locks/cluster.txt beside those of locks/cpu.txt",
+            fix="pip install --no-deps -r locks/cluster.txt",
+        )

@@ -29,7 +29,7 @@ from serving.schemas import (
     to_request,
 )
 from serving.settings import ServiceSettings
-from serving.users import STATE_CODEC, EventRows, UserLog, UserLogs, event_rows
+from serving.users import STATE_CODEC, EventRows, LocalUsers, UserLog, Users, event_rows
 from serving.visits import Visit, state_key
 
 _COST_SHARE = 0.5  # of the deadline that a strategy chosen by `auto` may be expected to take
@@ -39,7 +39,7 @@ _PREFETCH_EVERY_S = 5.0
 class Service:
     """A bundle, its runtimes, its known users and the cache of their states."""
 
-    def __init__(self, bundle: Bundle, settings: ServiceSettings) -> None:
+    def __init__(self, bundle: Bundle, settings: ServiceSettings, *, users: Users | None = None) -> None:
         self.bundle, self.settings = bundle, settings
         memory = settings.cache_mib << 20
         self.cache = HotCache(
@@ -49,7 +49,8 @@ class Service:
             disk=settings.disk,
             disk_bytes=settings.disk_mib << 20,
         )
-        self.users = UserLogs(max_users=settings.max_users, max_events=bundle.config.max_history)
+        max_events = bundle.config.max_history
+        self.users = LocalUsers(max_users=settings.max_users, max_events=max_events) if users is None else users
         self.runtimes = Runtimes(bundle, settings, self.cache)
         self.seconds = {"engine": 0.005, "unified": 0.02, "vllm": 0.2, "torch": 0.02}  # measured as answers are made
         self._items = ItemEmbeddings(bundle.path, self.cache)
@@ -90,7 +91,7 @@ class Service:
         """The answer; InputError for what is wrong with the request, BusyError, LateError or UnavailableError."""
         began = time.monotonic() if arrived is None else arrived
         deadline = began + (request.deadline_ms or self.settings.deadline_ms) / 1e3
-        rows, log = self._history(request.user_id, request.events)
+        rows, log = await self._history(request.user_id, request.events)
         allowed = self._allowed(request.filters, rows)
         strategy = self._strategy(request, deadline - time.monotonic())
         visit = _visit(request, rows, log)
@@ -131,7 +132,7 @@ class Service:
             raise InputError("this model has no task heads", fix="serve a bundle whose checkpoint has tasks")
         began = time.monotonic() if arrived is None else arrived
         deadline = began + (request.deadline_ms or self.settings.deadline_ms) / 1e3
-        rows, log = self._history(request.user_id, request.events)
+        rows, log = await self._history(request.user_id, request.events)
         visit = _visit(request, rows, log)
         candidates = np.array([self._item(raw) for raw in request.candidates], np.int64)
         tasks, ranker, fallbacks = await self.runtimes.score(visit.history, candidates, deadline)
@@ -154,13 +155,14 @@ class Service:
         served = self._served("engine", ranker, found, took, fallbacks, ranker)
         return ScoreAnswer.model_validate({"user_id": request.user_id, "items": items, "served": served})
 
-    def add_events(self, user_id: str, events: Sequence[Event]) -> int:
+    async def add_events(self, user_id: str, events: Sequence[Event]) -> int:
         """How many events the user has, all told, these among them."""
-        return self.users.append(user_id, self._encode(user_id, list(events))).total
+        raw = [(event.item_id, event.timestamp, event.action) for event in events]
+        return (await self.users.append(user_id, raw, self._encode(user_id, list(events)))).total
 
-    def delete_user(self, user_id: str) -> bool:
+    async def delete_user(self, user_id: str) -> bool:
         """Nothing is known of the user any more; whether anything was."""
-        known = self.users.delete(user_id)
+        known = await self.users.delete(user_id)
         return self._drop_states(user_id) or known
 
     def _drop_states(self, user_id: str) -> bool:
@@ -208,12 +210,12 @@ class Service:
         affordable = self.seconds["unified"] <= _COST_SHARE * left_s
         return "unified" if ranker is not None and ranker.ready and affordable else "engine"
 
-    def _history(self, user_id: str | None, events: Sequence[Event] | None) -> tuple[EventRows, UserLog | None]:
+    async def _history(self, user_id: str | None, events: Sequence[Event] | None) -> tuple[EventRows, UserLog | None]:
         if events is not None:
             return self._encode(user_id, list(events)), None
         if user_id is None:
             raise InputError("neither events nor a user", expected="events, or the user_id of a known user")
-        log = self.users.get(user_id)
+        log = await self.users.get(user_id)
         return log.events, log
 
     def _encode(self, user_id: str | None, events: list[Event]) -> EventRows:

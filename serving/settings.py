@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hstu.errors import UsageError
 from hstu.signature import CacheForm
 
 
@@ -29,3 +32,17 @@ class ServiceSettings:
     disk_mib: int = 0
     max_users: int = 100_000
     threads: int | None = None
+
+
+def vllm_options(given: Sequence[str]) -> dict[str, Any]:
+    """Options of `vllm.LLM` from NAME=VALUE, values as JSON or else text; UsageError for anything else."""
+    options: dict[str, Any] = {}
+    for one in given:
+        name, equals, value = one.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError("not an option of vLLM", got=one, expected="NAME=VALUE, such as tensor_parallel_size=2")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options

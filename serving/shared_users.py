@@ -13,9 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from serving.users import EventRows, UnknownUserError, UserLog, UserLogs
-
-RawEvent = tuple[str | int, int, str | None]  # item, timestamp, action
+from serving.users import EventRows, RawEvent, UnknownUserError, UserLog, UserLogs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,15 +126,14 @@ class SharedUsers:
         born, seen = self._place(user_id)
         if news.born < born:  # the user was deleted and came back while this was under way
             return self._logs.get(user_id)
-        if news.born > born or news.first > seen:
+        before = 0
+        if news.born > born or news.first > seen:  # the copy is none of this user, or misses events that are gone
             self._logs.delete(user_id)
-            seen = news.first
-        fresh = news.events[max(0, seen - news.first) :]
+            seen = before = news.first
+        fresh = news.events[seen - news.first :]
         rows = self._encode(fresh)
-        unknown = len(fresh) - len(rows)
-        missing = news.first if user_id not in self._seen or news.born > born else 0
-        log = self._logs.append(user_id, rows, not_kept=unknown + missing)
-        self._seen[user_id] = (news.born, max(seen, news.first + len(news.events)))
+        log = self._logs.append(user_id, rows, not_kept=before + len(fresh) - len(rows))
+        self._seen[user_id] = (news.born, seen + len(fresh))
         self._seen.move_to_end(user_id)
         while len(self._seen) > self._max_users:
             self._forget(next(iter(self._seen)))

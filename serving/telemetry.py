@@ -102,6 +102,8 @@ class ServiceCollector(Collector):
                 refused.add_metric([lane.name], lane.batcher.stats.refused)
                 for size, count in sorted(lane.batcher.stats.batches.items()):
                     batches.add_metric([lane.name, str(size)], count)
+        for name, worker in runtimes.workers.items():
+            refused.add_metric([name], worker.refused)
         yield depth
         yield refused
         yield batches

@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from hstu.errors import InputError
 from serving.cache import Codec
 from serving.user_state import UserState, from_bytes, to_bytes
 
+RawEvent = tuple[str | int, int, str | None]  # item, timestamp, action, as the log had them
 _RECORD_BYTES = 2048  # of a state beside its rows and events: objects, header, digest
 
 
@@ -141,6 +143,47 @@ class UserLogs:
         """Nothing is known of the user any more; whether anything was."""
         with self._lock:
             return self._logs.pop(user_id, None) is not None
+
+
+class Users(Protocol):
+    """Where the service finds its users' logs: in this process, or shared with other replicas."""
+
+    @property
+    def forgotten(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    async def get(self, user_id: str) -> UserLog: ...
+
+    async def append(self, user_id: str, events: Sequence[RawEvent], rows: EventRows) -> UserLog: ...
+
+    async def delete(self, user_id: str) -> bool: ...
+
+
+class LocalUsers:
+    """The logs of this process."""
+
+    def __init__(self, *, max_users: int, max_events: int) -> None:
+        self._logs = UserLogs(max_users=max_users, max_events=max_events)
+
+    def __len__(self) -> int:
+        return len(self._logs)
+
+    @property
+    def forgotten(self) -> int:
+        return self._logs.forgotten
+
+    async def get(self, user_id: str) -> UserLog:
+        """The user's log; UnknownUserError when there is none."""
+        return self._logs.get(user_id)
+
+    async def append(self, user_id: str, events: Sequence[RawEvent], rows: EventRows) -> UserLog:  # noqa: ARG002
+        """The log with the events, which `rows` are in the bundle's ids."""
+        return self._logs.append(user_id, rows)
+
+    async def delete(self, user_id: str) -> bool:
+        """Nothing is known of the user any more; whether anything was."""
+        return self._logs.delete(user_id)
 
 
 def event_rows(item_ids: Sequence[int], actions: Sequence[int], timestamps: Sequence[int]) -> EventRows:

@@ -1,7 +1,7 @@
 """A process that does one kind of work for the service: `python -m serving.worker ROLE BUNDLE FD DETAILS`.
 
-ranker: `rank` of one of the bundle's engines. slates: greedy slates by vLLM, batched continuously: a request joins
-those that are running at the next step, and is answered when its own slate is done.
+ranker: `rank` of one of the bundle's engines, of all requests that wait in one batch. slates: greedy slates by vLLM,
+batched continuously: a request joins those that are running at the next step, and is answered when its own is done.
 
 It ends when the service does (the socket closes). Messages are those of `serving.frames`.
 """
@@ -12,7 +12,7 @@ import json
 import select
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,11 +21,13 @@ import numpy as np
 from hstu.data.histories import histories_from_rows
 from hstu.errors import CompilerError, InputError
 from serving.bundle import Bundle, open_bundle
-from serving.engine import Array, check_feeds, open_engine
+from serving.engine import Array, Engine, check_feeds, open_engine
 from serving.engine_order import open_default
 from serving.frames import encode, receive_blocking
 
 Arrays = Mapping[str, Array]
+Message = tuple[dict[str, Any], dict[str, Array]]
+_MAX_BATCH = 32
 
 
 def main(arguments: list[str]) -> None:
@@ -43,13 +45,40 @@ def _serve_ranker(connection: socket.socket, bundle: Bundle, details: Mapping[st
     stands_in = None if fallback is None else fallback.to_dict()
     connection.sendall(encode({"ready": True, "precision": opened.precision, "fallback": stands_in}, {}))
 
-    def rank(feeds: Arrays) -> Arrays:
-        check_feeds(opened.config, "rank", feeds)
-        return opened.run("rank", feeds)
-
     while (message := receive_blocking(connection)) is not None:
-        header, arrays = message
-        connection.sendall(_answer(header["id"], lambda arrays=arrays: rank(arrays)))  # type: ignore[misc]
+        messages = [message]
+        while len(messages) < _MAX_BATCH and select.select([connection], [], [], 0.0)[0]:  # who came meanwhile
+            other = receive_blocking(connection)
+            if other is None:
+                return
+            messages.append(other)
+        connection.sendall(b"".join(_ranked(opened, messages)))
+
+
+def _ranked(engine: Engine, messages: Sequence[Message]) -> list[bytes]:
+    """The answers to requests for ranking; where one is wrong in itself, each is computed alone."""
+    try:
+        return [
+            encode({"id": header["id"]}, {"task_scores": scores})
+            for (header, _), scores in zip(messages, rank(engine, [arrays for _, arrays in messages]), strict=True)
+        ]
+    except CompilerError as error:
+        if len(messages) > 1:
+            return [answer for message in messages for answer in _ranked(engine, [message])]
+        kind = "input" if isinstance(error, InputError) else "other"
+        return [encode({"id": messages[0][0]["id"], "error": str(error), "kind": kind}, {})]
+
+
+def rank(engine: Engine, requests: Sequence[Arrays]) -> list[Array]:
+    """Task probabilities float32 [C, tasks] of each request: item_ids, actions, timestamps [n], query_time [1],
+    candidate_ids [C], all int64. Candidates know nothing of one another, so fewer are filled up and cut again."""
+    count = max(len(one["candidate_ids"]) for one in requests)
+    candidates = np.stack([np.resize(one["candidate_ids"], count) for one in requests])
+    histories = histories_from_rows([cast(Mapping[str, Sequence[int]], one) for one in requests])
+    feeds = {**histories.feeds(engine.config), "candidate_ids": candidates}
+    check_feeds(engine.config, "rank", feeds)
+    scores = np.asarray(engine.run("rank", feeds)["task_scores"], np.float32)
+    return [scores[row, : len(one["candidate_ids"])] for row, one in enumerate(requests)]
 
 
 def _serve_slates(connection: socket.socket, bundle: Bundle, details: Mapping[str, Any]) -> None:
@@ -67,20 +96,11 @@ def _serve_slates(connection: socket.socket, bundle: Bundle, details: Mapping[st
             header, arrays = message
             histories = histories_from_rows([cast(Mapping[str, Sequence[int]], arrays)])
             try:
-                stream.add(header["id"], histories, header["num_items"])
+                stream.add(header["id"], histories, header["num_items"], within_s=header["within_s"])
             except InputError as error:
                 connection.sendall(encode({"id": header["id"], "error": str(error), "kind": "input"}, {}))
         for number, item_ids, scores in stream.step():
             connection.sendall(encode({"id": number}, {"item_ids": item_ids, "scores": scores}))
-
-
-def _answer(number: int, compute: Callable[[], Arrays]) -> bytes:
-    """The answer, or what is wrong with the request; anything else ends this process."""
-    try:
-        return encode({"id": number}, {name: np.asarray(a, np.float32) for name, a in compute().items()})
-    except CompilerError as error:
-        kind: Any = "input" if isinstance(error, InputError) else "other"
-        return encode({"id": number, "error": str(error), "kind": kind}, {})
 
 
 if __name__ == "__main__":

@@ -25,6 +25,11 @@ SCHEMA = 1
 FILE = "benchmark.json"
 CELL = ("case", "entry", "batch", "length", "new_events", "occupancy", "thread_mode")  # what is measured in one go
 LISTS = ("results", "scaling", "skipped")
+MODES = {  # of the command: parameters that cut the benchmark
+    "single": ("benchmark.threads=[one]", "benchmark.batches=[1]"),
+    "batch": ("benchmark.threads=[all]", "benchmark.batches=[8, 32]"),
+    "comprehensive": (),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

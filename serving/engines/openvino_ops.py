@@ -157,13 +157,26 @@ class KernelOp(openvino.Op):
     def __init__(self, inputs: list[Any] | None = None, call: Any = None) -> None:
         super().__init__(self)
         self.call = call
+        self._runs = False
+        self._scratch: KernelOp | None = None
         if inputs is not None:
             self.set_arguments(inputs)
             self.constructor_validate_and_infer_types()
 
     def clone_with_new_inputs(self, inputs: list[Any]) -> KernelOp:
-        """The same call of other inputs."""
-        return type(self)(inputs, self.call)
+        """The same call of other inputs.
+
+        OpenVINO asks for one at every run of new shapes, to infer those of the outputs, and an operation written in
+        Python is never freed: it refers to itself. So an operation that runs has one that is given other inputs.
+        """
+        if not self._runs or self._scratch is None:
+            made = type(self)(inputs, self.call)
+            if self._runs:
+                self._scratch = made
+            return made
+        self._scratch.set_arguments(inputs)
+        self._scratch.constructor_validate_and_infer_types()
+        return self._scratch
 
     def visit_attributes(self, visitor: Any) -> bool:  # noqa: ARG002
         """Nothing is written to a file: an engine's file is the ONNX."""
@@ -190,6 +203,7 @@ class AttentionOp(KernelOp):
 
     def evaluate(self, outputs: list[Tensor], inputs: list[Tensor]) -> bool:
         """The kernel's answer stands in the outputs."""
+        self._runs = True
         function, kernel = FUNCTIONS[self.call.function], self.call.kernel
         arrays = [_array(tensor) for tensor in inputs]
         starts = arrays.pop().astype(np.int64) if self.call.jagged else None
@@ -282,6 +296,7 @@ class ItemHeadOp(KernelOp):
 
     def evaluate(self, outputs: list[Tensor], inputs: list[Tensor]) -> bool:
         """The kernel's answer stands in the outputs."""
+        self._runs = True
         embeddings = inputs[0].data
         for output in outputs:
             output.shape = [len(embeddings), self.call.results]

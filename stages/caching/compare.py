@@ -1,16 +1,18 @@
 """Our cache beside the policies of libCacheSim on the same traces: misses and byte-hit ratios, and the limit.
 
-libCacheSim (Yang et al.) is a development tool, not part of the environment: `pip install libcachesim`. The first
-fifth of a trace warms every cache up and is not counted. Belady's rule is optimal for equal sizes only; with sizes
+libCacheSim (Yang et al.) is a development tool, not part of the environment (`locks/tools.txt`). The first fifth of a
+trace warms every cache up and is not counted. Belady's rule is optimal for equal sizes only; with sizes
 it is the best known reference, and the better of its two forms there (plain, size-aware) is given.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,13 @@ FILE = "cache.json"
 POLICIES = {"lru": "LRU", "lfu": "LFU", "w-tinylfu": "WTinyLFU", "s3-fifo": "S3FIFO", "lhd": "LHD"}
 OURS, LIMIT = "hot cache", "belady"
 BUDGETS = (0.05, 0.2)  # of the bytes of all states
+SEEDS = (2027, 4099)  # drawn once the predictor was finished: it was made while looking at other draws
+COSTS = {  # seconds of computing a state again: for the call, and by its bytes, which are its events
+    OURS: (4e-3, 1e-7),  # the call costs what twenty events cost
+    f"{OURS}, cost by events": (0.0, 1e-7),  # a deep model
+    f"{OURS}, one cost": (4e-3, 0.0),  # a tiny one
+}
 _WARM_UP = 0.2
-_SECONDS_PER_BYTE, _SECONDS = 1e-7, 4e-3  # computing a state again: by its events, and for the call twenty more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +42,7 @@ class Score:
     """How one policy did on one trace at one budget."""
 
     trace: str
+    seed: int
     budget: float
     policy: str
     miss_ratio: float  # of requests
@@ -49,39 +57,35 @@ def compare(names: Sequence[str], *, on_score: Callable[[Score], None]) -> list[
     if importlib.util.find_spec("libcachesim") is None:
         raise MissingBackendError(
             "libCacheSim is not installed, and it is what the other policies run in",
-            expected="the package libcachesim, a development tool that is in no lock",
-            fix="pip install libcachesim",
+            expected="the package libcachesim, of locks/tools.txt",
+            fix="pip install --no-deps -r locks/tools.txt",
         )
     unknown = sorted(set(names) - set(TRACES))
     if unknown:
         raise UsageError("there is no such trace", got=unknown[0], expected=", ".join(TRACES))
     scores = []
-    for name in names:
-        trace = TRACES[name]()
-        for budget in BUDGETS:
-            capacity = int(trace.footprint * budget)
-            runs = {policy: _simulator(theirs, trace, capacity) for policy, theirs in POLICIES.items()}
-            runs[OURS] = lambda trace=trace, capacity=capacity: our_hits(trace, capacity)  # type: ignore[misc]
-            limits = [_simulator(form, trace, capacity)() for form in ("Belady", "BeladySize")]
-            found = [_score(name, budget, policy, trace, run()) for policy, run in runs.items()]
-            forms = [_score(name, budget, LIMIT, trace, hits) for hits in limits]
-            found.append(
-                Score(
-                    trace=name,
-                    budget=budget,
-                    policy=LIMIT,
-                    miss_ratio=min(form.miss_ratio for form in forms),
-                    byte_hit_ratio=max(form.byte_hit_ratio for form in forms),
-                )
+    for name, seed, budget in itertools.product(names, SEEDS, BUDGETS):
+        trace = TRACES[name](seed)
+        capacity = int(trace.footprint * budget)
+        score = partial(_score, name, seed, budget, trace=trace)
+        found = [score(policy, hits=_simulate(theirs, trace, capacity)) for policy, theirs in POLICIES.items()]
+        found += [score(policy, hits=our_hits(trace, capacity, cost)) for policy, cost in COSTS.items()]
+        forms = [score(LIMIT, hits=_simulate(form, trace, capacity)) for form in ("Belady", "BeladySize")]
+        found.append(
+            replace(
+                forms[0],
+                miss_ratio=min(form.miss_ratio for form in forms),
+                byte_hit_ratio=max(form.byte_hit_ratio for form in forms),
             )
-            for score in found:
-                on_score(score)
-            scores += found
+        )
+        for one in found:
+            on_score(one)
+        scores += found
     return scores
 
 
-def our_hits(trace: Trace, capacity: int) -> Ints:
-    """Which requests our cache answers, int64 0 or 1: one tier, cost in proportion to size."""
+def our_hits(trace: Trace, capacity: int, cost: tuple[float, float] = COSTS[OURS]) -> Ints:
+    """Which requests our cache answers, int64 0 or 1, in one tier; `cost`: seconds for a call, and for a byte."""
     codec: Codec[int] = Codec(nbytes=int, packed_nbytes=int, pack=lambda size: size.to_bytes(8, "little"),
                               unpack=lambda data: int.from_bytes(data, "little"))  # fmt: skip
     cache = HotCache({"user": codec}, memory_bytes=capacity, device_bytes=capacity)
@@ -91,25 +95,23 @@ def our_hits(trace: Trace, capacity: int) -> Ints:
     ):
         hits[row] = cache.get("user", str(user), time_s) is not None
         if not hits[row]:
-            cache.put("user", str(user), nbytes, cost_s=_SECONDS + nbytes * _SECONDS_PER_BYTE, now=time_s)
+            cache.put("user", str(user), nbytes, cost_s=cost[0] + nbytes * cost[1], now=time_s)
     return hits
 
 
-def _simulator(policy: str, trace: Trace, capacity: int) -> Callable[[], Ints]:
-    def run() -> Ints:
-        import libcachesim
+def _simulate(policy: str, trace: Trace, capacity: int) -> Ints:
+    """Which requests a policy of libCacheSim answers, int64 0 or 1."""
+    import libcachesim
 
-        cache = getattr(libcachesim, policy)(cache_size=capacity)
-        hits = np.zeros(len(trace.users), np.int64)
-        following = _next_requests(trace.users)
-        for row, (user, nbytes) in enumerate(zip(trace.users.tolist(), trace.nbytes.tolist(), strict=True)):
-            request = libcachesim.Request()
-            request.obj_id, request.obj_size = user, nbytes
-            request.clock_time, request.next_access_vtime = int(trace.time_s[row]), int(following[row])
-            hits[row] = cache.get(request)
-        return hits
-
-    return run
+    cache = getattr(libcachesim, policy)(cache_size=capacity)
+    hits = np.zeros(len(trace.users), np.int64)
+    following = _next_requests(trace.users)
+    for row, (user, nbytes) in enumerate(zip(trace.users.tolist(), trace.nbytes.tolist(), strict=True)):
+        request = libcachesim.Request()
+        request.obj_id, request.obj_size = user, nbytes
+        request.clock_time, request.next_access_vtime = int(trace.time_s[row]), int(following[row])
+        hits[row] = cache.get(request)
+    return hits
 
 
 def _next_requests(users: Ints) -> Ints:
@@ -121,11 +123,12 @@ def _next_requests(users: Ints) -> Ints:
     return following
 
 
-def _score(name: str, budget: float, policy: str, trace: Trace, hits: Ints) -> Score:
+def _score(name: str, seed: int, budget: float, policy: str, *, trace: Trace, hits: Ints) -> Score:
     counted = slice(int(len(hits) * _WARM_UP), None)
     sizes = trace.nbytes[counted]
     return Score(
         trace=name,
+        seed=seed,
         budget=budget,
         policy=policy,
         miss_ratio=round(1.0 - float(hits[counted].mean()), 4),
@@ -136,14 +139,20 @@ def _score(name: str, budget: float, policy: str, trace: Trace, hits: Ints) -> S
 def write_scores(path: Path, scores: Sequence[Score]) -> None:
     """`cache.json` holds the scores."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = {"schema": "cache-policies/1", "warm_up": _WARM_UP, "scores": [asdict(score) for score in scores]}
+    values = {"schema": "cache-policies/2", "warm_up": _WARM_UP, "scores": [asdict(score) for score in scores]}
     path.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def table(scores: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, one a trace and budget: byte-hit ratio, misses per 100 requests, ours against LRU and Belady."""
+    """Header and rows, one a trace and budget, means over the seeds: byte-hit ratio, misses per 100 requests, ours
+    against LRU and Belady."""
     policies = list(dict.fromkeys(score["policy"] for score in scores))
-    cells = {(score["trace"], score["budget"], score["policy"]): score for score in scores}
+    cells: dict[tuple[str, float, str], dict[str, float]] = {}
+    for key in dict.fromkeys((score["trace"], score["budget"], score["policy"]) for score in scores):
+        of_seeds = [score for score in scores if (score["trace"], score["budget"], score["policy"]) == key]
+        cells[key] = {
+            name: float(np.mean([score[name] for score in of_seeds])) for name in ("miss_ratio", "byte_hit_ratio")
+        }
     rows = []
     for trace, budget in dict.fromkeys((score["trace"], score["budget"]) for score in scores):
         found = {policy: cells[trace, budget, policy] for policy in policies}
@@ -177,7 +186,10 @@ def html_table(scores: Sequence[Mapping[str, Any]]) -> str:
     if not scores:
         return ""
     header, rows = table(scores)
-    note = "Byte-hit ratio, and in brackets the share of requests that missed; budgets are shares of all states' bytes."
+    note = (
+        "Byte-hit ratio, and in brackets the share of requests that missed; budgets are shares of all states' bytes; "
+        "means over draws of each trace."
+    )
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<p>{note}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -192,6 +204,6 @@ def run(reports: Path, names: Sequence[str]) -> list[Score]:
 
 def _tell(score: Score) -> None:
     say(
-        f"compare-caches: {score.trace} {score.budget:.0%} {score.policy}: "
+        f"compare-caches: {score.trace} ({score.seed}) {score.budget:.0%} {score.policy}: "
         f"byte hits {score.byte_hit_ratio:.4f}, misses {score.miss_ratio:.4f}"
     )

@@ -1,4 +1,4 @@
-"""Requests for users' states as they come in time: what cache policies are compared on."""
+"""Requests for users' states as they come in time: what cache policies are compared on, drawn anew for each seed."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def _steady(rng: np.random.Generator, users: Ints) -> Trace:
     return Trace(time_s=np.cumsum(rng.exponential(_BETWEEN_S, len(users))), users=users, nbytes=sizes[users])
 
 
-def zipf() -> Trace:
+def zipf(seed: int = 1) -> Trace:
     """Every request is a draw from one Zipf law (exponent 0.9)."""
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng([seed, 1])
     return _steady(rng, rng.choice(_USERS, _REQUESTS, p=_zipf_law(_USERS)))
 
 
-def drifting() -> Trace:
+def drifting(seed: int = 1) -> Trace:
     """Zipf, but sixty times a twentieth of the users change places."""
-    rng = np.random.default_rng(2)
+    rng = np.random.default_rng([seed, 2])
     ranks, parts = rng.permutation(_USERS), []
     for _ in range(60):
         parts.append(ranks[rng.choice(_USERS, _REQUESTS // 60, p=_zipf_law(_USERS))])
@@ -67,9 +67,9 @@ def drifting() -> Trace:
     return _steady(rng, np.concatenate(parts))
 
 
-def scanning() -> Trace:
+def scanning(seed: int = 1) -> Trace:
     """Zipf, and twelve times a batch job asks for 2 500 users whom nobody asks for again."""
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng([seed, 3])
     part, parts, fresh = _REQUESTS // 12, [], _USERS
     for _ in range(12):
         parts += [rng.choice(_USERS, part * 3 // 4, p=_zipf_law(_USERS)), np.arange(fresh, fresh + part // 4)]
@@ -77,9 +77,9 @@ def scanning() -> Trace:
     return _steady(rng, np.concatenate(parts).astype(np.int64))
 
 
-def diurnal() -> Trace:
+def diurnal(seed: int = 1) -> Trace:
     """Ten days; users come at their own hour (morning, noon or evening), some daily, some weekly, in sessions."""
-    rng, users = np.random.default_rng(4), 6000
+    rng, users = np.random.default_rng([seed, 4]), 6000
     hour = rng.choice([8.0, 13.0, 20.0], users, p=[0.3, 0.3, 0.4]) + rng.normal(0, 1, users)
     visits_per_day = np.clip(rng.lognormal(-0.7, 0.8, users), 0.05, 6.0)
     times, who = [], []
@@ -92,9 +92,9 @@ def diurnal() -> Trace:
     return _in_order(np.concatenate(times), np.concatenate(who), _sizes(rng, users))
 
 
-def reference() -> Trace:
+def reference(seed: int = 1) -> Trace:
     """Every event of 4 000 users of the reference log (`hstu.data.reference_log`) is a request."""
-    log, _ = reference_log(num_users=4000, num_items=1000, events_per_user=40, seed=7)
+    log, _ = reference_log(num_users=4000, num_items=1000, events_per_user=40, seed=seed)
     return _in_order(log.timestamps.astype(np.float64), log.users, np.diff(log.offsets) * _BYTES_PER_EVENT)
 
 
@@ -103,6 +103,6 @@ def _in_order(time_s: Floats, users: Ints, sizes: Ints) -> Trace:
     return Trace(time_s=time_s[order], users=users[order], nbytes=sizes[users[order]])
 
 
-TRACES: Mapping[str, Callable[[], Trace]] = MappingProxyType(
+TRACES: Mapping[str, Callable[[int], Trace]] = MappingProxyType(
     {"zipf": zipf, "drifting": drifting, "scanning": scanning, "diurnal": diurnal, "reference": reference}
 )

@@ -28,6 +28,7 @@ from stages.load.wire import Wire
 FILE = "load.json"
 PARTS = ("steady", "saturated", "naive", "hot", "kill-ranker", "kill-slates")
 _BACK_WITHIN_S = 60.0
+_TRIES = 40
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,28 +127,43 @@ async def _measure(
     await kind(users, seconds=seconds, tally=tally)
     took = time.monotonic() - began
     after = server.resident_mib()
-    wrong = await _compare_alone(users[0], tally, settings.strategy or "engine")
+    wrong = await _compare_alone(users[0], tally)
     for user in users:
         user.wire.close()
     return summary(tally, took) | {
         "sessions": len(users),
         "resident_mib": round(after, 1),
         "resident_growth": round(after / before - 1.0, 4),
-        "compared_alone": len(tally.kept),
+        "compared_alone": min(40, len(tally.kept)),
         "unlike_alone": wrong,
     }
 
 
-async def _compare_alone(user: User, tally: Tally, strategy: str) -> int:
-    """How many of the kept answers differ from the answer to the same events with nothing else to do."""
+async def _compare_alone(user: User, tally: Tally) -> int:
+    """How many of the kept answers differ from the answer to the same events with nothing else to do.
+
+    An answer that fell back is held against those who gave it: unranked against the engine.
+    """
     wrong = 0
     for events, answer in tally.kept[:40]:
         served = answer.get("served", {})
-        asked = {"events": events, "k": 10, "deadline_ms": 60_000, "strategy": served.get("strategy", strategy)}
-        status, alone = await user.wire.ask("POST", "/v1/recommend", asked)
+        asked = {"events": events, "k": 10, "deadline_ms": 60_000, "strategy": _who(served)}
+        for _ in range(_TRIES):
+            status, alone = await user.wire.ask("POST", "/v1/recommend", asked)
+            if status == 200 and _who(alone.get("served", {})) == _who(served):
+                break
+            await asyncio.sleep(0.5)  # what just came back may still be down for this one
         scores = [[item["score"] for item in one["items"]] for one in (answer, alone)] if status == 200 else [[0.0], []]
         wrong += len(scores[0]) != len(scores[1]) or not np.allclose(scores[0], scores[1], atol=_tolerance(served))
     return wrong
+
+
+def _who(served: dict[str, Any]) -> str:
+    """The strategy of which this answer is one that nobody stood in for."""
+    if served.get("ranker") is not None:
+        return "unified"
+    runtime = served.get("runtime")
+    return runtime if runtime in ("vllm", "torch") else "engine"
 
 
 def _tolerance(served: dict[str, Any]) -> float:
@@ -232,10 +248,10 @@ async def _killed(server: Server, bundle: Bundle, settings: LoadSettings, role: 
     await asyncio.sleep(2.0)
     load.cancel()
     await asyncio.gather(load, return_exceptions=True)
-    wrong = await _compare_alone(users[0], Tally(kept=[k for k in tally.kept if k[1]["served"]["ranker"] is None
-                                                       and not k[1]["served"]["fallbacks"]]), strategy)  # fmt: skip
+    wrong = await _compare_alone(users[0], tally)
     return summary(tally, time.monotonic() - at) | {
         "killed": killed,
+        "compared_alone": min(40, len(tally.kept)),
         "whole_again_s": None if back is None else round(back, 2),
         "unlike_alone": wrong,
     }

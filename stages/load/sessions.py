@@ -85,7 +85,7 @@ class User:
     async def _ask(self, tally: Tally, path: str, body: dict[str, Any]) -> Any:
         began = time.perf_counter()
         try:
-            status, answer = await self.wire.ask("POST", path, body)
+            status, answer = await self.wire.ask("POST", path, body, user=self.name)
         except (ConnectionError, TimeoutError):
             tally.broken += 1
             return None

@@ -6,6 +6,8 @@ import asyncio
 import json
 from typing import Any
 
+from serving.client import SESSION_HEADER
+
 
 class Wire:
     """One keep-alive connection, one request at a time."""
@@ -15,7 +17,9 @@ class Wire:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
 
-    async def ask(self, method: str, path: str, body: Any = None, *, timeout_s: float = 30.0) -> tuple[int, Any]:
+    async def ask(
+        self, method: str, path: str, body: Any = None, *, user: str = "", timeout_s: float = 30.0
+    ) -> tuple[int, Any]:
         """Status and JSON; ConnectionError or TimeoutError when there is no answer."""
         async with asyncio.timeout(timeout_s):
             gone = self._reader is not None and self._reader.at_eof()  # closed while it was idle
@@ -26,6 +30,7 @@ class Wire:
             content = b"" if body is None else json.dumps(body).encode()
             head = (
                 f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: application/json\r\n"
+                f"{SESSION_HEADER}: {user}\r\n"
                 f"Content-Length: {len(content)}\r\n\r\n"
             )
             try:

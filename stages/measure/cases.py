@@ -94,6 +94,20 @@ CASES: tuple[Case, ...] = (
         ),
         entries=("retrieve", "rank", "extend"),
     ),
+    Case(
+        name="deep-512",
+        summary="d=256, 12 layers, 4 heads, 10 000 items, L=512, random weights: for loads of a deep model",
+        config=HSTUConfig(
+            num_items=10_000, embedding_dim=256, num_layers=12, num_heads=4, qk_dim=64, v_dim=64, max_history=512
+        ),
+        entries=("retrieve", "extend"),
+        batches=(1, 8),
+        check_users=8,
+        calibration=16,
+        evaluation=16,
+        engines=("fp32",),
+        left_out="Other precisions: it is there to be served.",
+    ),
     _reference(
         512,
         batches=(1, 8, 32),

@@ -23,9 +23,9 @@ from tests.models import random_model, tiny_config, write_checkpoint
 CONFIG = tiny_config(num_layers=1)
 
 
-def write_bundle(folder: Path) -> Bundle:
-    """A bundle of a tiny model with one ONNX Runtime engine."""
-    checkpoint = write_checkpoint(folder / "checkpoint", random_model(CONFIG))
+def write_bundle(folder: Path, *, seed: int = 0) -> Bundle:
+    """A bundle of a tiny model, its weights drawn from `seed`, with one ONNX Runtime engine."""
+    checkpoint = write_checkpoint(folder / "checkpoint", random_model(CONFIG, seed))
     graphs = folder / "graphs"
     graphs.mkdir()
     export_onnx.run(ExportOnnxParams(opset=20, check_seed=0), {"checkpoint": checkpoint}, graphs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import threading
@@ -20,6 +21,7 @@ from hstu.tolerances import TOLERANCES
 from kernels.cpu.library import LIBRARY, OPERATIONS
 from serving.engine import Array, EngineSpec, check_feeds, open_engine, read_spec
 from serving.engines.openvino import OpenVinoEngine
+from serving.engines.openvino_ops import KernelOp
 from serving.engines.openvino_plain import PlainOpenVinoEngine
 from serving.engines.torch import TorchEngine
 from serving.self_check import check_independent, check_repeatable
@@ -338,3 +340,23 @@ def test_the_plain_peer_answers_nearly_as_eager(engine_folder: Folders, eager: M
         plain.close()
     with pytest.raises(ArtifactError, match="cannot read it"):
         PlainOpenVinoEngine(folder.parent)
+
+
+@pytest.mark.parametrize("operations", ["native", "python"])
+def test_answers_of_changing_shapes_leave_nothing_behind(
+    engine_folder: Folders, tmp_path: Path, operations: str
+) -> None:
+    """OpenVINO clones an operation at every new shape, and one written in Python refers to itself."""
+    folder = Path(shutil.copytree(engine_folder("tiny", "fp32"), tmp_path / "engine"))
+    if operations == "python":
+        (folder / OPERATIONS).unlink()
+    engine = open_engine(folder, threads=1)
+    counts = []
+    for _ in range(3):
+        for name in entry_names(TINY):
+            for feeds in batches(TINY, name):
+                engine.run(name, feeds)
+        gc.collect()
+        counts.append(sum(issubclass(type(found), KernelOp) for found in gc.get_objects()))
+    assert counts[0] == counts[1] == counts[2]
+    engine.close()

@@ -13,7 +13,7 @@ from tests.stages.measure.requests import request
 
 
 def test_an_unknown_case_names_the_known_ones() -> None:
-    with pytest.raises(ParameterError, match="trained, small, reference-512, reference-2048, ml-20m-large"):
+    with pytest.raises(ParameterError, match="trained, small, deep-512, reference-512, reference-2048, ml-20m-large"):
         find_case("big")
 
 
