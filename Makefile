@@ -2,7 +2,7 @@
 # GPU=1 takes the GPU environment (locks/gpu.txt) and the backends that go with it.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: run test test-slow gpu-check environment lint types lock docs clean help
+.PHONY: run test test-slow tools gpu-check environment lint types lock docs clean help
 
 VENV    := $(CURDIR)/.venv
 PYTHON  ?= python3
@@ -21,8 +21,11 @@ run: environment
 test: environment lint types
 	pytest -m "not slow and not gpu and not tensorrt"
 
-test-slow: environment
+test-slow: environment tools
 	pytest -m "slow and not gpu and not tensorrt"
+
+tools: environment  # what some slow tests need beside the environment; without it they are skipped
+	.venv/bin/uv pip install --quiet --no-deps -r locks/tools.txt -r locks/cluster.txt
 
 lint: environment
 	ruff check .

@@ -9,6 +9,7 @@ replicas are replaced one after the other, each when its requests are answered. 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -99,11 +100,11 @@ def _service_of_many(bundle: Bundle, settings: ServiceSettings) -> Service:
     return Service(bundle, settings, users=users)
 
 
-def connect(cluster: str | None) -> None:
-    """Ray is there: a cluster by its address, or one of this machine that ends with this process."""
+def connect(cluster: str | None, *, cpus: float) -> None:
+    """Ray is there: a cluster by its address, or one of this machine that ends with this process and has `cpus`."""
     if cluster is None:
         ray.init(
-            num_cpus=None,
+            num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
             include_dashboard=False,
             namespace=NAMESPACE,
             log_to_driver=False,
@@ -147,15 +148,21 @@ def serve_replicas(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     if settings.disk is not None:
         settings = replace(settings, disk=settings.disk.resolve())
-    connect(how.cluster)
-    deploy(bundle, settings, how, host=host, port=port, keys=keys)
+    connect(how.cluster, cpus=how.replicas * how.cpus)
     if how.cluster is not None:
+        deploy(bundle, settings, how, host=host, port=port, keys=keys)
         ray.shutdown()
         return
-    LOG.info("Ray runs at %s", ray.get_runtime_context().gcs_address)
-    ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    ended.wait()
-    serve.shutdown()
-    ray.shutdown()
+        signal.signal(number, _end)  # Ray's own leaves replicas behind
+    LOG.info("Ray runs at %s", ray.get_runtime_context().gcs_address)
+    try:
+        deploy(bundle, settings, how, host=host, port=port, keys=keys)
+        threading.Event().wait()
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _end(*_: object) -> None:
+    raise SystemExit(0)

@@ -81,7 +81,7 @@ def recommend_table(
     """
     if not source.exists():
         raise InputError(f"{source}: there is no such table", expected="a Parquet file, or a folder of them")
-    connect(cluster)
+    connect(cluster, cpus=processes * cpus + 1)  # one to read and write with
     try:
         answers = ray.data.read_parquet(str(source.resolve())).map_batches(
             BatchRecommender,

@@ -69,7 +69,8 @@ def compare(names: Sequence[str], *, on_score: Callable[[Score], None]) -> list[
         capacity = int(trace.footprint * budget)
         score = partial(_score, name, seed, budget, trace=trace)
         found = [score(policy, hits=_simulate(theirs, trace, capacity)) for policy, theirs in POLICIES.items()]
-        found += [score(policy, hits=our_hits(trace, capacity, cost)) for policy, cost in COSTS.items()]
+        costs = COSTS if seed == SEEDS[0] else {OURS: COSTS[OURS]}  # the other models are about the cache alone
+        found += [score(policy, hits=our_hits(trace, capacity, cost)) for policy, cost in costs.items()]
         forms = [score(LIMIT, hits=_simulate(form, trace, capacity)) for form in ("Belady", "BeladySize")]
         found.append(
             replace(
