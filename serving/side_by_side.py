@@ -114,7 +114,7 @@ def _slates(retriever: Any, num_items: int, histories: Histories) -> list[Pair]:
     return [(made.item_ids[row, 0].numpy(), made.scores[row, 0].numpy()) for row in range(len(histories))]
 
 
-def _agreement(expected: Sequence[Pair], found: Sequence[Pair]) -> dict[str, float]:
+def _agreement(expected: Sequence[Pair], found: Sequence[Pair]) -> dict[str, Any]:
     overlaps, firsts, errors = [], [], [0.0]
     for (their_ids, their_scores), (our_ids, our_scores) in zip(expected, found, strict=True):
         _, theirs, ours = np.intersect1d(their_ids, our_ids, return_indices=True)
