@@ -218,7 +218,7 @@ struct Multiply {
       }
       scores(e) = weight;
     }
-    warpgroup_fence_operand(scores);  // here, while the other product runs: the compiler would make them after it
+    warpgroup_fence_operand(scores);  // here, while the other product runs: not after it
   }
   CUTLASS_DEVICE void settle_weights() {
     auto from = recast<cutlass::Array<float, 2>>(scores);

@@ -111,6 +111,8 @@ SCHEDULE void produce(Work const& w, Tiles const& tiles, Load& load) {
 //   start_scores, which waits for the keys; finish_scores, which gives them back (`alone`: no other product is running);
 //   weigh(work, start, masked); settle_weights; clear_values(from), where rows from `from` on are not this user's;
 //   start_values, which waits for the values; finish_values, which gives them back.
+// Q is given back after `weigh`, not before it: without a branch there, ptxas moves SiLU behind the wait for the second
+// product, and nothing is left to run beside it.
 template <class Multiply>
 SCHEDULE void consume(Work const& w, Tiles const& tiles, Multiply& m) {
   int const count = tiles.count(), masked = tiles.masked();
@@ -125,8 +127,8 @@ SCHEDULE void consume(Work const& w, Tiles const& tiles, Multiply& m) {
     m.start_scores();
     m.start_values();
     m.finish_scores(false);
-    if (step == count - 1) m.release_query();
     m.weigh(w, tiles.start(step), true);
+    if (step == count - 1) m.release_query();
     m.finish_values();
     m.settle_weights();
     if (tiles.start(step) + tiles.columns > w.length) m.clear_values(w.length - tiles.start(step));
@@ -135,8 +137,8 @@ SCHEDULE void consume(Work const& w, Tiles const& tiles, Multiply& m) {
     m.start_scores();
     m.start_values();
     m.finish_scores(false);
-    if (step == count - 1) m.release_query();
     m.weigh(w, tiles.start(step), false);
+    if (step == count - 1) m.release_query();
     m.finish_values();
     m.settle_weights();
   }
