@@ -142,9 +142,15 @@ def read_log(path: Path, text: str) -> Built:
 
 
 class Loaded:
-    """The function of one CUTLASS library, in this process."""
+    """The function of one CUTLASS library, in this process, for a GPU of an SM that it was compiled for."""
 
-    def __init__(self, source: Source, folder: Path) -> None:
+    def __init__(self, source: Source, folder: Path, sm: int) -> None:
+        known = [int(target.rstrip("a")) for target in source.targets]
+        if sm not in known:
+            raise KernelError(
+                f"{source.name}: no code for sm_{sm}", expected=" or ".join(f"sm_{one}" for one in known),
+                fix="use the Triton kernel of build-kernels",
+            )  # fmt: skip
         path = folder / library_name(source)
         if not path.is_file():
             raise KernelError(
@@ -159,9 +165,15 @@ class Loaded:
         except OSError as error:
             raise KernelError(f"{path}: the library cannot be loaded ({error})") from None
         self.source = source
+        self._library = library
         self._function = getattr(library, source.function)
         self._status = getattr(library, source.status)
         self._status.restype = ctypes.c_char_p
+
+    def shared_bytes(self) -> int | None:
+        """Shared memory that a block asks for; None where the library does not say."""
+        name = f"{self.source.function}_shared_bytes"
+        return int(getattr(self._library, name)()) if hasattr(self._library, name) else None
 
     def call(self, *arguments: Any) -> None:
         """The function is called, with ctypes arguments in its own order; KernelError in CUDA's words when it fails."""

@@ -90,8 +90,10 @@ def load_tile(
 ):  # fmt: skip
     """As `load_rows`; with TMA x is a tensor map, whose box at [start, column] may hold the next user's rows too."""
     if TMA:
-        return x.load([start, column])
-    return load_rows(x, rows, row_stride, limit, MASKED, D, BLOCK_D)
+        loaded = x.load([start, column])
+    else:
+        loaded = load_rows(x, rows, row_stride, limit, MASKED, D, BLOCK_D)
+    return loaded
 
 
 @triton.jit

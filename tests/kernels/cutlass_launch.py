@@ -41,7 +41,7 @@ def attention_call(source: cutlass.Source) -> tuple[Launch, list[int], list[int]
 
 def launched(fake: ctypes.CDLL, source: cutlass.Source, folder: Path) -> dict[str, Any]:
     """What the library asks of the runtime for one call, and what the call was."""
-    library = cutlass.Loaded(source, folder)
+    library = cutlass.Loaded(source, folder, 90)
     is_interaction = source.function == "interaction"
     launch, sizes, wanted = (interaction_call if is_interaction else attention_call)(source)
     run = cutlass.run_interaction if is_interaction else cutlass.run_attention
@@ -55,8 +55,7 @@ def launched(fake: ctypes.CDLL, source: cutlass.Source, folder: Path) -> dict[st
             answer[key].append(rest)
         else:
             answer[key] = int(rest)
-    path = folder / cutlass.library_name(source)
-    answer["said_shared"] = getattr(ctypes.CDLL(str(path)), f"{source.function}_shared_bytes")()
+    answer["said_shared"] = library.shared_bytes()
     fake.fake_expect(1, bytes_of, len(sizes))
     try:
         run(library, launch, 100, 7)

@@ -85,8 +85,9 @@ def test_threads_at_any_speed_compute_the_same(host: ctypes.CDLL, stages: int, s
     assert np.abs(out - truth).max() < 1e-9
 
 
-def test_one_user_s_nan_is_no_other_s(host: ctypes.CDLL) -> None:
-    out, truth, offsets = attend(host, [70, 40, 129], [0, 0, 30], poisoned_user=1)
+@pytest.mark.parametrize(("length", "targets"), [(70, 0), (200, 150)])  # the last tile is the first one, or a later
+def test_one_user_s_nan_is_no_other_s(host: ctypes.CDLL, length: int, targets: int) -> None:
+    out, truth, offsets = attend(host, [length, 40, 129], [targets, 0, 30], poisoned_user=1)
     clean = np.r_[: offsets[1], offsets[2] : offsets[3]]
     assert np.abs(out[clean] - truth[clean]).max() < 1e-9
     assert np.isnan(out[offsets[1] : offsets[2]]).all()

@@ -67,7 +67,13 @@ def test_a_missing_library_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(
         KernelError, match=r"there is no interaction-bf16-\w+\.so(.|\n)*cutlass_build .* interaction-bf16"
     ):
-        cutlass.Loaded(cutlass.SOURCES["interaction-bf16"], tmp_path)
+        cutlass.Loaded(cutlass.SOURCES["interaction-bf16"], tmp_path, 90)
+
+
+@pytest.mark.parametrize(("name", "sm"), [("interaction-bf16", 89), ("hstu_attention-bf16-d64", 80)])
+def test_an_sm_without_code_is_a_clear_error(name: str, sm: int, tmp_path: Path) -> None:
+    with pytest.raises(KernelError, match=f"{name}: no code for sm_{sm}"):
+        cutlass.Loaded(cutlass.SOURCES[name], tmp_path, sm)
 
 
 def library(name: str) -> Any:
