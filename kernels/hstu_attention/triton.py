@@ -163,6 +163,8 @@ def attended(
             )  # fmt: skip
         same = j[None, :] == i[:, None]
         seen = same | ((j[None, :] < i[:, None]) & (j < history)[None, :])
+        if TMA:  # changes no row that is stored; without it the code takes more registers
+            seen = seen & (j < length)[None, :]
         acc = weighted(acc, queries, keys, values, bias, seen, True, FAST)
     return acc
 
