@@ -89,7 +89,7 @@ def load_tile(
     TMA: tl.constexpr,
 ):  # fmt: skip
     """As `load_rows`; with TMA x is a tensor map, whose box at [start, column] may hold the next user's rows too."""
-    if TMA:
+    if TMA:  # noqa: SIM108 (two types: only one branch is compiled)
         loaded = x.load([start, column])
     else:
         loaded = load_rows(x, rows, row_stride, limit, MASKED, D, BLOCK_D)
