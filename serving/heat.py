@@ -34,6 +34,7 @@ _BATCH = 64  # lessons a step
 _RATE = 0.03
 _ADAM = (0.9, 0.999, 1e-8)
 _FIRST_DECAY = 0.02  # the last fifty requests
+_SETTLED = 1024  # lessons that are kept though they are learned, so that it is not cleared up at every request
 _LOWEST = 1e-3  # a decayed frequency below it is as good as none
 
 
@@ -149,6 +150,8 @@ class Heat:
         lesson = _Lesson(slot, int(self._generation[slot]), now, features, probability)
         self._open[slot] = lesson
         self._queue.append(lesson)
+        if len(self._queue) > 2 * len(self._open) + _SETTLED:  # most of them have long been learned
+            self._queue = deque(one for one in self._queue if self._open.get(one.slot) is one)
 
     def likely(self, now: float, slots: Sequence[int], *, at_least: float) -> list[tuple[float, int]]:
         """Those of `slots` that will be asked for again with at least this probability, the likeliest first."""

@@ -69,7 +69,8 @@ def compare(names: Sequence[str], *, on_score: Callable[[Score], None]) -> list[
         capacity = int(trace.footprint * budget)
         score = partial(_score, name, seed, budget, trace=trace)
         found = [score(policy, hits=_simulate(theirs, trace, capacity)) for policy, theirs in POLICIES.items()]
-        costs = COSTS if seed == SEEDS[0] else {OURS: COSTS[OURS]}  # the other models are about the cache alone
+        once = (seed, budget) == (SEEDS[0], BUDGETS[0])  # the other costs: to see what depends on them
+        costs = COSTS if once else {OURS: COSTS[OURS]}
         found += [score(policy, hits=our_hits(trace, capacity, cost)) for policy, cost in costs.items()]
         forms = [score(LIMIT, hits=_simulate(form, trace, capacity)) for form in ("Belady", "BeladySize")]
         found.append(
@@ -156,13 +157,13 @@ def table(scores: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str
         }
     rows = []
     for trace, budget in dict.fromkeys((score["trace"], score["budget"]) for score in scores):
-        found = {policy: cells[trace, budget, policy] for policy in policies}
-        ours, lru, limit = found[OURS], found["lru"], found[LIMIT]
+        found = {policy: cells.get((trace, budget, policy)) for policy in policies}
+        ours, lru, limit = (cells[trace, budget, policy] for policy in (OURS, "lru", LIMIT))
         rows.append(
             [
                 trace,
                 f"{budget:.0%}",
-                *(f"{found[policy]['byte_hit_ratio']:.3f} ({found[policy]['miss_ratio']:.1%})" for policy in policies),
+                *(f"{one['byte_hit_ratio']:.3f} ({one['miss_ratio']:.1%})" if one else "" for one in found.values()),
                 f"{ours['miss_ratio'] / lru['miss_ratio'] - 1:+.0%}",
                 f"{limit['byte_hit_ratio'] - ours['byte_hit_ratio']:.3f}",
             ]

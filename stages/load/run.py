@@ -86,13 +86,15 @@ def _run_part(part: str, bundle: Bundle, reports: Path, settings: LoadSettings) 
         return asyncio.run(_measure(server, bundle, settings, kind, seconds))
 
 
-def _users(server: Server, bundle: Bundle, settings: LoadSettings, count: int, strategy: str) -> list[User]:
+def _users(
+    server: Server, bundle: Bundle, settings: LoadSettings, count: int, strategy: str, *, name: str = "user"
+) -> list[User]:
     vocabulary: Vocabulary = bundle.vocabulary
     items: Sequence[str | int] = vocabulary.items or tuple(range(1, vocabulary.raw_items + 1))
     rng = np.random.default_rng(settings.seed)
     return [
         User(
-            name=f"user-{number}",
+            name=f"{name}-{number}",
             wire=Wire("127.0.0.1", server.port),
             rng=np.random.default_rng([settings.seed, number]),
             items=items,
@@ -128,8 +130,7 @@ async def _measure(
     took = time.monotonic() - began
     after = server.resident_mib()
     wrong = await _compare_alone(users[0], tally)
-    for user in users:
-        user.wire.close()
+    await asyncio.gather(*(user.wire.end() for user in users))
     return summary(tally, took) | {
         "sessions": len(users),
         "resident_mib": round(after, 1),
@@ -213,7 +214,7 @@ async def _hot_and_cold(server: Server, bundle: Bundle, settings: LoadSettings) 
                 continue
             (hot if visit else cold).append(took)
             await user._happen([user._event()], tally)
-        user.wire.close()
+        await user.wire.end()
     cold_ms, hot_ms = float(np.median(cold)), float(np.median(hot))
     return {
         "history": history,
@@ -227,7 +228,7 @@ async def _hot_and_cold(server: Server, bundle: Bundle, settings: LoadSettings) 
 async def _killed(server: Server, bundle: Bundle, settings: LoadSettings, role: str, seconds: float) -> dict[str, Any]:
     """kill -9 of a worker under load: what the users saw, and when its answers came back."""
     strategy = "unified" if role == "ranker" else "vllm"
-    users = _users(server, bundle, settings, min(settings.sessions, 32), strategy)
+    users = _users(server, bundle, settings, min(settings.sessions, 32), strategy, name=role)
     tally = Tally()
     for user in users:
         user.body.clear()
@@ -248,8 +249,10 @@ async def _killed(server: Server, bundle: Bundle, settings: LoadSettings, role: 
     await asyncio.sleep(2.0)
     load.cancel()
     await asyncio.gather(load, return_exceptions=True)
+    took = time.monotonic() - at
     wrong = await _compare_alone(users[0], tally)
-    return summary(tally, time.monotonic() - at) | {
+    await asyncio.gather(probe.end(), *(user.wire.end() for user in users))
+    return summary(tally, took) | {
         "killed": killed,
         "compared_alone": min(40, len(tally.kept)),
         "whole_again_s": None if back is None else round(back, 2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from typing import Any
 
@@ -55,3 +56,11 @@ class Wire:
         if self._writer is not None:
             self._writer.close()
         self._writer = None
+
+    async def end(self) -> None:
+        """The connection is closed, and the other side knows."""
+        writer = self._writer
+        self.close()
+        if writer is not None:
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()

@@ -146,3 +146,11 @@ def test_a_full_table_forgets_the_oldest_that_nobody_holds():
     assert heat.slot("held") == held
     assert heat.slot("k999") is not None
     assert heat.slot("k0") is None
+
+
+def test_lessons_that_are_learned_take_no_room():
+    heat = Heat(capacity=256, horizon_s=1e6)
+    for step in range(20_000):
+        heat.watch(heat.seen(f"u{step % 50}", float(step)), float(step))
+    assert len(heat._queue) <= 2 * 50 + 1025
+    assert heat.accuracy.predictions == 20_000 - 50

@@ -110,8 +110,7 @@ def test_a_killed_replica_and_a_new_bundle_cost_nobody_an_answer(bundle: Bundle,
         status, answer = await users[0].wire.ask("POST", "/v1/recommend", {"user_id": users[0].name, "k": 5})
         assert status == 200
         assert answer["served"]["bundle"] == newer.artifact.id
-        for user in users:
-            user.wire.close()
+        await asyncio.gather(*(user.wire.end() for user in users))
 
     with ours(bundle.path, log, *OPTIONS) as server:
         asyncio.run(scenario(server))
