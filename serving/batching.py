@@ -14,6 +14,7 @@ from hstu.errors import CompilerError
 
 X = TypeVar("X")
 Y = TypeVar("Y")
+_LONGEST_GAP_S = 1.0  # a pause of the night counts as this
 
 
 class BusyError(CompilerError):
@@ -52,8 +53,9 @@ class BatcherStats:
 class Batcher(Generic[X, Y]):
     """Answers requests by `compute`, a call in `executor` for up to `max_batch` of them, the first in line first.
 
-    A request that finds the line empty waits at most `wait_s` for company; while a batch is computed the next one
-    gathers. At most `max_queue` wait. `compute` gives an answer or an exception for every request, in order.
+    A request that finds the line empty waits at most `wait_s` for company, where requests come that often; while a
+    batch is computed the next one gathers. At most `max_queue` wait. `compute` gives an answer or an exception for
+    every request, in order.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Batcher(Generic[X, Y]):
         self._max_batch, self._wait_s, self._max_queue = max_batch, wait_s, max_queue
         self._line: deque[_Waiting[X, Y]] = deque()
         self._arrived = asyncio.Event()
+        self._gap_s, self._last = 0.0, 0.0  # running mean time between requests, and when the last one came
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -92,6 +95,8 @@ class Batcher(Generic[X, Y]):
             raise BusyError(self.name, self.retry_after_s())
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name=f"batcher {self.name}")
+        self._gap_s += 0.2 * (min(now - self._last, _LONGEST_GAP_S) - self._gap_s) if self._last else 0.0
+        self._last = now
         future: asyncio.Future[tuple[Y, float]] = asyncio.get_running_loop().create_future()
         self._line.append(_Waiting(request, deadline, now, future))
         self._arrived.set()
@@ -141,7 +146,9 @@ class Batcher(Generic[X, Y]):
                     one.future.set_result((answer, began - one.arrived))
 
     async def _company(self) -> None:
-        """Others had a moment to join, unless the batch is full or the first one has no time."""
+        """Others had a moment to join, unless the batch is full, the first one has no time, or nobody is expected."""
+        if self._gap_s > self._wait_s:
+            return
         until = min(self._line[0].arrived + self._wait_s, self._line[0].deadline)
         while len(self._line) < self._max_batch and (left := until - time.monotonic()) > 0:
             self._arrived.clear()
