@@ -158,8 +158,9 @@ def _faults(kernel: Kernel, description: Mapping[str, Any]) -> Iterator[str]:
     sm, found = description["sm"], description["instructions"]
     if description["spills"] or description["local_bytes"] or description["stack_bytes"]:
         yield f"{description['spills']} spills, {description['stack_bytes']} bytes of stack"
-    if description["shared_bytes"] > SHARED_LIMIT[sm]:
-        yield f"{description['shared_bytes']} bytes of shared memory, over {SHARED_LIMIT[sm]}"
+    limit = min(SHARED_LIMIT[sm], kernel.shared_limit or SHARED_LIMIT[sm])
+    if description["shared_bytes"] > limit:
+        yield f"{description['shared_bytes']} bytes of shared memory, over {limit}"
     if kernel.matrix and sm >= 90 and not found["warpgroup_products"]:
         yield "no warpgroup product"
     if kernel.matrix and sm < 90 and not found["warp_products"]:

@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.spec import Config, Kernel, Launch, check_sizes, compile_expression
 
 
-def run(kernel: Kernel, config: Config, launch: Launch, constants: Mapping[str, int | bool] | None = None) -> None:
+def run(kernel: Kernel, config: Config, launch: Launch, constants: Mapping[str, float] | None = None) -> None:
     """The launch is done (interpreted) or queued on the current stream; `constants` replace the kernel's own."""
     check_sizes(kernel.name, kernel.ranges, launch.sizes)
     function = getattr(importlib.import_module(f"kernels.{kernel.op}.triton"), kernel.function)

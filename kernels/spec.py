@@ -45,13 +45,14 @@ class Kernel:
     """A kernel to compile. `function` stands in kernels/<op>/triton.py; `grid` are expressions over constants and the
     sizes that a launch names; `ranges` (lowest, highest) hold for these sizes; `matrix`: a product large enough for the
     tensor cores of its SM is in it; `configs` in the order in which they are preferred until something is measured, and
-    `ampere_configs` before them below sm_90, whose products keep more in registers."""
+    `ampere_configs` before them below sm_90, whose products keep more in registers; `shared_limit` in bytes, where
+    whoever launches it may ask for less than the SM has."""
 
     op: str
     name: str
     function: str
     arguments: tuple[Argument, ...]
-    constants: Mapping[str, int | bool]
+    constants: Mapping[str, float]
     grid: tuple[str, str, str]
     configs: tuple[Config, ...]
     ampere_configs: tuple[Config, ...] = ()
@@ -62,6 +63,7 @@ class Kernel:
     matrix: bool = False
     tanh: bool = False
     lowest_sm: int = 80
+    shared_limit: int | None = None
 
     def __post_init__(self) -> None:
         for expression in self.grid:
@@ -93,10 +95,10 @@ _OPERATIONS: Mapping[type, Callable[[int, int], int]] = {
 }  # fmt: skip
 
 
-def compile_expression(text: str) -> Callable[[Mapping[str, int]], int]:
+def compile_expression(text: str) -> Callable[[Mapping[str, float]], int]:
     """A function of sizes for an expression of names, whole numbers, + - * // and cdiv(a, b); nothing else is code."""
 
-    def value(node: ast.expr, sizes: Mapping[str, int]) -> int:
+    def value(node: ast.expr, sizes: Mapping[str, float]) -> int:
         if isinstance(node, ast.Constant) and isinstance(node.value, int):
             return node.value
         if isinstance(node, ast.Name):

@@ -49,6 +49,7 @@ class BuildEngineParams:
     weight_streaming: bool
     version_compatible: bool
     hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"]
+    tensorrt_attention: Literal["function", "plugin"]
 
     def __post_init__(self) -> None:
         require(self.int8_widen_at_most >= 0, "build-engine.int8_widen_at_most: negative",
@@ -104,6 +105,13 @@ def run(params: BuildEngineParams, inputs: Mapping[str, Artifact], folder: Path)
 
     target, why = choose(params.backend, params.precision)
     version = target.require()
+    if params.tensorrt_attention == "plugin" and target.backend != "tensorrt":
+        raise ParameterError(
+            "build-engine.tensorrt_attention: only TensorRT has the attention plugin",
+            got=f"plugin, and an engine of {target.product} ({why})",
+            expected="function",
+            fix="build with --backend tensorrt, or set build-engine.tensorrt_attention: function",
+        )
     say(f"build-engine: {params.precision} for {target.product} {version} ({why})")
     surgery, checkpoint = inputs["surgery"], inputs["checkpoint"]
     calibration = Histories.load(checkpoint.file("calibration.npz"))

@@ -34,8 +34,9 @@ def rebuild(folder: Path, into: Path, *, timing_caches: Path | None = None) -> P
     if into.exists():
         raise UsageError(f"{into}: exists already", fix="give a folder that does not")
     values = {**facts.settings, "profiles": tuple(facts.settings["profiles"])}
-    settings = BuildSettings(**{item.name: values[item.name] for item in fields(BuildSettings)})
-    own = {FILE, TIMING_CACHE, *(entry.file for entry in facts.entries.values())}
+    settings = BuildSettings(**{item.name: values[item.name] for item in fields(BuildSettings) if item.name in values})
+    own = {FILE, TIMING_CACHE, *facts.plugins, *(entry.file for entry in facts.entries.values())}
+    own |= {entry.onnx for name, entry in facts.entries.items() if entry.onnx != f"{name}.onnx"}  # made of that again
     into.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(into) as temporary:
         for path in folder.iterdir():

@@ -17,7 +17,7 @@ from kernels.checks import (
     require_vector,
 )
 from kernels.errors import KernelError
-from kernels.hstu_attention.variants import name
+from kernels.hstu_attention.variants import EPSILON, name
 from kernels.spec import Launch
 
 EDGES = 129
@@ -53,7 +53,7 @@ def check_bias(bias: RelativeBias, max_length: int, rows: int) -> None:
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, offsets: Tensor, num_targets: Tensor, *, longest: int,
-    max_length: int, bias: RelativeBias | None, u: Tensor | None = None, epsilon: float = 1e-6, tma: bool = False,
+    max_length: int, bias: RelativeBias | None, u: Tensor | None = None, epsilon: float = EPSILON, tma: bool = False,
     checked_offsets: bool = False,
 ) -> Launch:  # fmt: skip
     """What to launch for `out` [T, H, dv]: attention of q, k [T, H, dqk] and v [T, H, dv], or with u [T, H, dv] gated.
@@ -98,3 +98,39 @@ def launch(
         {"longest": longest, "heads": heads, "users": users},
         dict.fromkeys(("q", "k", "v"), (rows, heads * width)) if tma else {},
     )
+
+
+def padded_launch(
+    uvqk: Tensor, times: Tensor, next_times: Tensor, lengths: Tensor, position_bias: Tensor, time_bias: Tensor,
+    bucket_edges: Tensor, out: Tensor, *, heads: int, max_length: int,
+) -> Launch:  # fmt: skip
+    """What to launch for `out` [B, L, H·d], gated and zero behind the histories, of uvqk [B, L, 4·H·d] after SiLU.
+
+    times and next_times int64 [B, L], lengths int64 [B], tables as in RelativeBias; all contiguous. Raises KernelError.
+    """
+    dtype = dtype_name("uvqk", uvqk)
+    users, rows, width = uvqk.shape if uvqk.dim() == 3 else (0, 0, 0)
+    if users < 1 or rows < 1 or heads < 1 or width % (4 * heads):
+        raise KernelError(
+            "uvqk is not rows of heads", got=list(uvqk.shape), expected=f"[B, L, 4·{heads}·d], none empty"
+        )
+    require_type("out", out, uvqk.dtype)
+    require_shape("out", out, (users, rows, width // 4))
+    for n, x in (("times", times), ("next_times", next_times), ("lengths", lengths)):
+        require_type(n, x, torch.int64)
+        require_shape(n, x, (users, rows) if x is not lengths else (users,))
+    require_reach(rows, {"uvqk_row": width})
+    bias = RelativeBias(
+        position_bias=position_bias, time_bias=time_bias, bucket_edges=bucket_edges, times=times.view(-1),
+        next_times=next_times.view(-1),
+    )  # fmt: skip
+    check_bias(bias, max_length, users * rows)
+    if rows > max_length:
+        raise KernelError("histories are longer than the model's positions", got=rows, expected=f"<= {max_length}")
+    values = {
+        "uvqk": uvqk, "times": times, "next_times": next_times, "lengths": lengths, "position_bias": position_bias,
+        "time_bias": time_bias, "bucket_edges": bucket_edges, "padded": rows, "heads": heads, "max_length": max_length,
+        "out": out,
+    }  # fmt: skip
+    kernel = name(dtype, width // (4 * heads), bias=True, entry="padded")
+    return Launch(kernel, values, {"padded": rows, "heads": heads, "users": users})

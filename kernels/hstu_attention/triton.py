@@ -224,35 +224,27 @@ def attention_tma(
 
 
 @triton.jit
-def gated_attention(
-    q, k, v, u, out, offsets, num_targets, times, next_times, position_bias, time_bias, bucket_edges,
-    q_row, k_row, v_row, u_row, out_row, max_length, scale, epsilon, heads,
+def gated_rows(
+    q, k, v, u, out, q_row, k_row, v_row, u_row, out_row, times, next_times, position_bias, time_bias, bucket_edges,
+    max_length, scale, epsilon, heads, first, length, history,
     DQK: tl.constexpr, DV: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """out [T, H·DV] = u ⊙ LN(o): one program per block of rows and user, which goes through the heads.
+    """out = u ⊙ LN(o) in rows [first, first + BLOCK_M) of one user, whose first row all pointers point at.
 
     The heads' o go to `out` first and are read back, from the nearest cache, once mean and variance over all of them
     are known. Mean and sum of squared deviations are merged head by head (Chan, Golub & LeVeque 1979): no difference
     of large numbers.
     """
-    user = tl.program_id(1)
-    begin = tl.load(offsets + user)
-    length = (tl.load(offsets + user + 1) - begin).to(tl.int32)
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    if first >= length:
-        return
-    history = length - tl.load(num_targets + user).to(tl.int32)
     i, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
     inside, real = (i < length)[:, None] & (d < DV)[None, :], (d < DV)[None, :]
-    pointers = out + begin * out_row + i[:, None] * out_row + d[None, :]
+    pointers = out + i[:, None] * out_row + d[None, :]
     mean, deviations = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     for head in range(heads):
         acc = attended(
-            tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
-            q + begin * q_row + head * DQK, k + begin * k_row + head * DQK, v + begin * v_row + head * DV,
-            q_row, k_row, v_row, times + begin, next_times + begin, position_bias, time_bias, bucket_edges, max_length,
-            first, length, history, DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, BIAS, FAST,
+            tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), q + head * DQK, k + head * DQK, v + head * DV, q_row, k_row,
+            v_row, times, next_times, position_bias, time_bias, bucket_edges, max_length, first, length, history,
+            DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, BIAS, FAST,
         )  # fmt: skip
         o = (acc * scale).to(out.dtype.element_ty)
         tl.store(pointers + head * DV, o, mask=inside)
@@ -264,9 +256,67 @@ def gated_attention(
         deviations += tl.sum(apart * apart, 1) + shift * shift * (DV * head / (head + 1))
     tl.debug_barrier()  # what other threads of this program stored is there to be read
     factor = 1 / tl.sqrt(deviations / (heads * DV) + epsilon)
-    u_pointers = u + begin * u_row + i[:, None] * u_row + d[None, :]
+    u_pointers = u + i[:, None] * u_row + d[None, :]
     for head in range(heads):
         o = tl.load(pointers + head * DV, mask=inside, other=0.0).to(tl.float32)
         gates = tl.load(u_pointers + head * DV, mask=inside, other=0.0).to(tl.float32)
         gated = gates * (o - mean[:, None]) * factor[:, None]
         tl.store(pointers + head * DV, gated.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated_attention(
+    q, k, v, u, out, offsets, num_targets, times, next_times, position_bias, time_bias, bucket_edges,
+    q_row, k_row, v_row, u_row, out_row, max_length, scale, epsilon, heads,
+    DQK: tl.constexpr, DV: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """out [T, H·DV] = u ⊙ LN(o): one program per block of rows and user, which goes through the heads."""
+    user = tl.program_id(1)
+    begin = tl.load(offsets + user)
+    length = (tl.load(offsets + user + 1) - begin).to(tl.int32)
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    if first >= length:
+        return
+    history = length - tl.load(num_targets + user).to(tl.int32)
+    gated_rows(
+        q + begin * q_row, k + begin * k_row, v + begin * v_row, u + begin * u_row, out + begin * out_row,
+        q_row, k_row, v_row, u_row, out_row, times + begin, next_times + begin, position_bias, time_bias, bucket_edges,
+        max_length, scale, epsilon, heads, first, length, history,
+        DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, BIAS, FAST,
+    )  # fmt: skip
+
+
+@triton.jit
+def padded_attention(
+    uvqk, times, next_times, lengths, position_bias, time_bias, bucket_edges, padded, heads, max_length, out,
+    DQK: tl.constexpr, DV: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr, FAST: tl.constexpr, EPSILON: tl.constexpr,
+):  # fmt: skip
+    """out [B, L, H·DV] = u ⊙ LN(o) of padded histories, zero from lengths[b] on; L is `padded`.
+
+    uvqk [B, L, H·(2·DV + 2·DQK)] after SiLU, columns in the order u, v, q, k; times and next_times int64 [B, L],
+    lengths int64 [B]. Arguments stand in the order in which TensorRT passes them: inputs, whole numbers, outputs. What
+    it cannot pass is a constant (EPSILON) or follows from what it can.
+    """
+    user = tl.program_id(1).to(tl.int64)
+    length = tl.minimum(tl.load(lengths + user), padded).to(tl.int32)
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    row, out_row, begin = heads * (2 * DV + 2 * DQK), heads * DV, user * padded
+    u, out = uvqk + begin * row, out + begin * out_row
+    v = u + heads * DV
+    q = v + heads * DV
+    k = q + heads * DQK
+    if first < length:
+        gated_rows(
+            q, k, v, u, out, row, row, row, row, out_row, times + begin, next_times + begin, position_bias, time_bias,
+            bucket_edges, max_length, 1.0 / max_length, EPSILON, heads, first, length, length,
+            DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, BIAS, FAST,
+        )  # fmt: skip
+    if first + BLOCK_M > length:  # what is computed of padding must be a number: it may be multiplied by zero
+        i, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
+        padding = (i >= length)[:, None] & (i < padded)[:, None] & (d < DV)[None, :]
+        pointers = out + i[:, None] * out_row + d[None, :]
+        nothing = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32).to(out.dtype.element_ty)
+        for head in range(heads):
+            tl.store(pointers + head * DV, nothing, mask=padding)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from kernels.spec import BATCH, TOLERANCES, Argument, Config, Kernel, aligned, block
 
 LONGEST = (1, 1 << 20)  # rows of one user
 HEADS = (1, 1024)
+EPSILON = 1e-6  # of the LayerNorm, where it is compiled in
 
 
 def name(dtype: str, head_dim: int, *, bias: bool, entry: str = "pointer") -> str:
-    """The name of a kernel: entry is pointer, tma or gated."""
+    """The name of a kernel: entry is pointer, tma, gated or padded."""
     parts = ["hstu_attention", dtype, f"d{head_dim}", *(["bias"] if bias else [])]
     return "-".join([*parts, *([] if entry == "pointer" else [entry])])
 
@@ -22,6 +24,28 @@ def variants(dtype: str, head_dim: int) -> Iterator[Kernel]:
         for entry in ("pointer", "gated", "tma"):
             if entry != "tma" or (dtype != "fp32" and head_dim in (64, 128)):
                 yield _kernel(dtype, head_dim, bias, entry)
+    yield padded(dtype, head_dim)
+
+
+def padded(dtype: str, head_dim: int) -> Kernel:
+    """The gated kernel over padded histories, for TensorRT: see `stages.tensorrt.plugin`."""
+    gated = _kernel(dtype, head_dim, True, "gated")
+    return replace(
+        gated,
+        name=name(dtype, head_dim, bias=True, entry="padded"),
+        function="padded_attention",
+        arguments=(
+            aligned("uvqk", f"*{dtype}"),
+            *(Argument(n, "*i64") for n in ("times", "next_times", "lengths")),
+            *(aligned(n, "*fp32") for n in ("position_bias", "time_bias", "bucket_edges")),
+            *(Argument(n, "i32") for n in ("padded", "heads", "max_length")),
+            aligned("out", f"*{dtype}"),
+        ),
+        constants={**gated.constants, "EPSILON": EPSILON},
+        grid=("cdiv(padded, BLOCK_M)", "users", "1"),
+        ranges={"padded": LONGEST, "heads": HEADS, "users": BATCH},
+        shared_limit=48 * 1024,  # what a launch may ask for without asking the driver first
+    )
 
 
 def _kernel(dtype: str, head_dim: int, bias: bool, entry: str) -> Kernel:

@@ -73,8 +73,6 @@ class _Loader:
         self.runtime = self.trt.Runtime(self.logger)
         if facts.settings.get("version_compatible"):
             self.runtime.engine_host_code_allowed = True  # such a plan carries a small runtime of its own version
-        for name in facts.plugins:
-            self.runtime.get_plugin_registry().load_library(str(folder / name))
 
     def load(self, facts: EntryFacts) -> trt.ICudaEngine:
         """The engine of an entry, with its weights."""

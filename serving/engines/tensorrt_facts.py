@@ -54,7 +54,7 @@ class BuildFacts:
     device: Device | None  # None: built without a GPU
     settings: Mapping[str, Any]
     entries: Mapping[str, EntryFacts]
-    plugins: Mapping[str, str] = field(default_factory=dict)  # library file in the folder: SHA-256
+    plugins: Mapping[str, str] = field(default_factory=dict)  # file of a plugin's kernel in the folder: SHA-256
 
     def write(self, folder: Path) -> None:
         """`build.json` is in the folder."""

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ class BuildSettings:
     weight_streaming: bool = False
     version_compatible: bool = False
     hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
+    tensorrt_attention: Literal["function", "plugin"] = "function"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,12 +71,14 @@ def build(
     settings: BuildSettings,
     *,
     timing_cache: Path | None = None,
+    plugin: Sequence[Path] = (),
 ) -> Built:
     """Write the engine of the entry `name`, from the ONNX file at `path`; returns what the builder told.
 
     The engine has the profiles of `settings`, in that order. `timing_cache` is read when it is there and written
     back, so that a second build takes the same tactics (TensorRT alone: TensorRT-RTX measures on the user's
-    GPU). Raises MissingBackendError, or RejectedError with the reasons the product gave.
+    GPU). `plugin` are the files of the kernel that a plugin in the graph is made of, PTX first. Raises
+    MissingBackendError, or RejectedError with the reasons the product gave.
     """
     require_product(product)
     request = {
@@ -90,6 +93,7 @@ def build(
         "weight_streaming": settings.weight_streaming,
         "version_compatible": settings.version_compatible,
         "hardware_compatibility": settings.hardware_compatibility,
+        "plugin": [file.name for file in plugin],
     }
     # The worker sees a folder and file names that are the same in every build: no path reaches the engine.
     with tempfile.TemporaryDirectory(prefix="hstu-") as name_of_folder:
@@ -97,6 +101,8 @@ def build(
         shutil.copyfile(path, folder / worker.MODEL)  # a link would tell the parser where it leads
         if (path.parent / WEIGHTS).is_file():
             shutil.copyfile(path.parent / WEIGHTS, folder / WEIGHTS)
+        for file in plugin:
+            shutil.copyfile(file, folder / file.name)
         if timing_cache is not None and timing_cache.is_file():
             shutil.copyfile(timing_cache, folder / worker.TIMING_CACHE)
         result = _run_worker(request, folder=folder, what=path.name)

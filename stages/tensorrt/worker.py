@@ -61,6 +61,8 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     builder = trt.Builder(logger)
     network = builder.create_network(network_flags(request["module"], trt.__version__))
     trt.init_libnvinfer_plugins(logger, "")
+    if request["plugin"]:
+        register_plugin(*map(Path, request["plugin"]))
     parser = trt.OnnxParser(network, logger)
 
     def result(errors: list[str], **more: Any) -> dict[str, Any]:
@@ -131,6 +133,12 @@ def make_config(
         config = polygraphy.CreateConfig(tf32=request["tf32"], **options)(builder, network)
     (config.set_flag if request["tf32"] else config.clear_flag)(trt.BuilderFlag.TF32)
     return config  # type: ignore[no-any-return]
+
+
+def register_plugin(ptx: Path, description: Path) -> None:
+    """The parser knows our attention plugin, computed by the kernel in these files."""
+    plugin: Any = import_module("stages.tensorrt.plugin")  # TensorRT's alone, and read there when it is imported
+    plugin.register(json.loads(description.read_text()), ptx.read_text())
 
 
 def layer_types(network: trt.INetworkDefinition) -> dict[str, int]:

@@ -102,7 +102,45 @@ def attention_case(
     return label, error(problem.out, problem.truth(biased, gated)), TOLERANCES[dtype]
 
 
+def padded_case(
+    dtype: str, lengths: list[int], *, heads: int = 2, width: int = 16, rows: int = 0, tile: tuple[int, int] = (64, 64)
+) -> Case:
+    """The kernel of TensorRT's plugin: what stands behind a history is poison, and its answer there is zero."""
+    g, users, rows = torch.Generator().manual_seed(len(lengths)), len(lengths), rows or max(lengths)
+    max_length = rows + 3
+    before = torch.randn((users, rows, 4 * heads * width), generator=g)
+    times = torch.randint(0, 2**44, (users, rows), generator=g) >> torch.randint(0, 44, (users, rows), generator=g)
+    next_times = times.roll(-1, 1) + torch.randint(0, 99, (users, rows), generator=g)
+    position_bias, time_bias = torch.randn(2 * max_length - 1, generator=g), torch.randn(129, generator=g)
+    uvqk = torch.nn.functional.silu(before).to(DTYPES[dtype])
+    truth = np.zeros((users, rows, heads * width))
+    for user, length in enumerate(lengths):
+        u, v, q, k = (
+            x.double().numpy().reshape(length, heads, width) for x in uvqk[user, :length].split(heads * width, 1)
+        )
+        buckets = time_buckets(next_times[user, :length, None] - times[user, None, :length]).numpy()
+        tables = (position_bias.double().numpy(), time_bias.double().numpy())
+        bias = naive.relative_bias(naive.positions(length), np.tril(buckets), *tables)
+        o = naive.attend(q, k, v, bias, max_length=max_length)
+        for i in range(length):
+            truth[user, i] = naive.gate(u[i].reshape(-1), o[i], attention_variants.EPSILON)
+        uvqk[user, length:] = float("nan")
+    out = torch.full(truth.shape, float("nan"), dtype=uvqk.dtype)
+    launch = op.padded_launch(
+        uvqk, times, next_times, torch.tensor(lengths), position_bias, time_bias, op.bucket_edges(THRESHOLDS), out,
+        heads=heads, max_length=max_length,
+    )  # fmt: skip
+    kernel = attention_variants.padded(dtype, width)
+    jit.run(kernel, Config({"BLOCK_M": tile[0], "BLOCK_N": tile[1]}, 4, 1), launch, {"FAST": False})
+    return f"{kernel.name} lengths {lengths} of {rows} tile {tile}", error(out, truth), TOLERANCES[dtype]
+
+
 def hstu_attention() -> Iterator[Case]:
+    for dtype in DTYPES:
+        yield padded_case(dtype, [0, 1, 63, 64, 65, 31])
+    for tile, width in (((16, 32), 25), ((32, 16), 8)):
+        yield padded_case("fp32", [40, 0, 17], width=width, rows=50, tile=tile)
+    yield padded_case("fp16", [129], heads=1, width=64, rows=200, tile=(128, 64))
     lengths, targets = [0, 1, 63, 64, 65, 31, 5], [0, 1, 10, 64, 0, 30, 0]
     for dtype, biased, gated in product(DTYPES, (False, True), (False, True)):
         yield attention_case(dtype, lengths, targets, biased=biased, gated=gated)

@@ -23,7 +23,7 @@ from kernels.uvqk_silu import op as uvqk
 
 ROOT = Path(__file__).parents[2]
 NUM_CASES = {
-    "hstu_attention": 21, "time_bucket": 1, "paged_hstu_attention": 14, "uvqk_silu": 6, "interaction": 4,
+    "hstu_attention": 26, "time_bucket": 1, "paged_hstu_attention": 14, "uvqk_silu": 6, "interaction": 4,
     "embedding_bag": 2,
 }  # fmt: skip
 
