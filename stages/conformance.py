@@ -30,6 +30,8 @@ PRECISIONS: Mapping[str, tuple[str, str]] = {  # name: precision of the recipe, 
 }
 CALIBRATION_HISTORIES = 2  # weights are random: scales have to be legal, not good
 TRAINED = "trained"
+# The scores of 64 histories of 2048 events are larger than the default workspace; an engine's bytes depend on its size.
+WORKSPACE_MIB: Mapping[str, int] = {"reference": 65_536}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +105,8 @@ def run_conformance(
             for name, precision in cells:
                 if resume and (name, precision) in done:
                     continue
-                row = build_row(model, config, folder, name, precision, version, BuildSettings())
+                settings = BuildSettings(workspace_mib=WORKSPACE_MIB.get(model, BuildSettings().workspace_mib))
+                row = build_row(model, config, folder, name, precision, version, settings)
                 rows[model, name, precision] = row
                 say(f"conformance: {model} {name} {precision}: {row.result} {row.reason or ''}")
                 write_rows(path, list(rows.values()))

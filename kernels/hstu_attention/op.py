@@ -17,7 +17,7 @@ from kernels.checks import (
     require_vector,
 )
 from kernels.errors import KernelError
-from kernels.hstu_attention.variants import EPSILON, name
+from kernels.hstu_attention.variants import EPSILON, name, padded
 from kernels.spec import Launch
 
 EDGES = 129
@@ -104,21 +104,25 @@ def padded_launch(
     uvqk: Tensor, times: Tensor, next_times: Tensor, lengths: Tensor, position_bias: Tensor, time_bias: Tensor,
     bucket_edges: Tensor, out: Tensor, *, heads: int, max_length: int,
 ) -> Launch:  # fmt: skip
-    """What to launch for `out` [B, L, H·d], gated and zero behind the histories, of uvqk [B, L, 4·H·d] after SiLU.
+    """What to launch for `out` [B, L, H·dv], gated and zero behind the histories, of uvqk [B, L, H·(2·dv + 2·dqk)].
 
-    times and next_times int64 [B, L], lengths int64 [B], tables as in RelativeBias; all contiguous. Raises KernelError.
+    uvqk after SiLU; times and next_times int64 [B, L], lengths int64 [B], tables as in RelativeBias; all contiguous.
+    Raises KernelError.
     """
     dtype = dtype_name("uvqk", uvqk)
     users, rows, width = uvqk.shape if uvqk.dim() == 3 else (0, 0, 0)
-    if users < 1 or rows < 1 or heads < 1 or width % (4 * heads):
+    v_dim = out.shape[-1] // heads
+    qk_dim = width // (2 * heads) - v_dim
+    if users < 1 or rows < 1 or v_dim < 1 or qk_dim < 1 or width != 2 * heads * (v_dim + qk_dim):
         raise KernelError(
-            "uvqk is not rows of heads", got=list(uvqk.shape), expected=f"[B, L, 4·{heads}·d], none empty"
+            "uvqk is not rows of heads", got=list(uvqk.shape), expected=f"u, v, q, k of {heads} heads each"
         )
     require_type("out", out, uvqk.dtype)
-    require_shape("out", out, (users, rows, width // 4))
+    require_shape("out", out, (users, rows, heads * v_dim))
+    require_shape("uvqk", uvqk, (users, rows, width))
     for n, x in (("times", times), ("next_times", next_times), ("lengths", lengths)):
         require_type(n, x, torch.int64)
-        require_shape(n, x, (users, rows) if x is not lengths else (users,))
+        require_shape(n, x, (users,) if x is lengths else (users, rows))
     require_reach(rows, {"uvqk_row": width})
     bias = RelativeBias(
         position_bias=position_bias, time_bias=time_bias, bucket_edges=bucket_edges, times=times.view(-1),
@@ -132,5 +136,5 @@ def padded_launch(
         "time_bias": time_bias, "bucket_edges": bucket_edges, "padded": rows, "heads": heads, "max_length": max_length,
         "out": out,
     }  # fmt: skip
-    kernel = name(dtype, width // (4 * heads), bias=True, entry="padded")
-    return Launch(kernel, values, {"padded": rows, "heads": heads, "users": users})
+    sizes = {"padded": rows, "heads": heads, "users": users}
+    return Launch(padded(dtype, v_dim, qk_dim).name, values, sizes)

@@ -27,12 +27,16 @@ def variants(dtype: str, head_dim: int) -> Iterator[Kernel]:
     yield padded(dtype, head_dim)
 
 
-def padded(dtype: str, head_dim: int) -> Kernel:
-    """The gated kernel over padded histories, for TensorRT: see `stages.tensorrt.plugin`."""
-    gated = _kernel(dtype, head_dim, True, "gated")
+def padded(dtype: str, head_dim: int, qk_dim: int | None = None) -> Kernel:
+    """The gated kernel over padded histories, for TensorRT: see `stages.tensorrt.plugin`.
+
+    qk_dim, where queries and keys are not of head_dim columns as values are.
+    """
+    gated, qk = _kernel(dtype, head_dim, True, "gated"), qk_dim or head_dim
+    label = name(dtype, head_dim, bias=True, entry="padded")
     return replace(
         gated,
-        name=name(dtype, head_dim, bias=True, entry="padded"),
+        name=label if qk == head_dim else label.replace(f"-d{head_dim}-", f"-d{qk}x{head_dim}-"),
         function="padded_attention",
         arguments=(
             aligned("uvqk", f"*{dtype}"),
@@ -41,7 +45,7 @@ def padded(dtype: str, head_dim: int) -> Kernel:
             *(Argument(n, "i32") for n in ("padded", "heads", "max_length")),
             aligned("out", f"*{dtype}"),
         ),
-        constants={**gated.constants, "EPSILON": EPSILON},
+        constants={**gated.constants, "DQK": qk, "BLOCK_DQK": block(qk), "EPSILON": EPSILON},
         grid=("cdiv(padded, BLOCK_M)", "users", "1"),
         ranges={"padded": LONGEST, "heads": HEADS, "users": BATCH},
         shared_limit=48 * 1024,  # what a launch may ask for without asking the driver first

@@ -24,18 +24,18 @@ def write_kernel(folder: Path, config: HSTUConfig, dtype: str, sm: int) -> dict[
     from kernels.ptx import without_scratch
     from kernels.tuning import build, read_table
 
-    if config.qk_dim != config.v_dim or config.v_dim > 256 or sm not in SHARED_LIMIT:
+    if max(config.qk_dim, config.v_dim) > 256 or sm not in SHARED_LIMIT:
         raise ParameterError(
             "there is no attention plugin for this model on this GPU",
             got=f"qk_dim {config.qk_dim}, v_dim {config.v_dim}, sm_{sm}",
-            expected=f"qk_dim = v_dim <= 256, and one of {', '.join(f'sm_{known}' for known in sorted(SHARED_LIMIT))}",
+            expected=f"both at most 256, and one of {', '.join(f'sm_{known}' for known in sorted(SHARED_LIMIT))}",
             fix=WHY,
         )
     rows = max(config.max_history, 1) * config.uvqk_dim
     if rows >= 2**31:
         raise ParameterError("one history's rows reach too far for the attention plugin", got=rows, fix=WHY)
     try:
-        work = [(padded(dtype, config.v_dim), sm)]
+        work = [(padded(dtype, config.v_dim, config.qk_dim), sm)]
         ((compiled, _),) = build(work, processes=1, every_config=False, table=read_table())
         description = dict(compiled.description)
         ptx = without_scratch(compiled.ptx, description["entry"], [a["type"] for a in description["arguments"]])

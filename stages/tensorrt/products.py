@@ -52,6 +52,10 @@ LOWER = (
     "lower build-engine.optimization_level or workspace_mib, have fewer build-engine.profiles, or lower MAX_BATCH or "
     "MAX_CANDIDATES in hstu/signature.py"
 )
+RAISE = (
+    "raise build-engine.workspace_mib: what the largest profile computes at once must fit. Where the device has no "
+    "more, have fewer build-engine.profiles, or lower MAX_BATCH or MAX_CANDIDATES in hstu/signature.py"
+)
 
 
 class RejectedError(CompilerError):
@@ -70,10 +74,12 @@ class RejectedError(CompilerError):
 
 def _fix(reasons: str) -> str:
     text = reasons.lower().replace("_", "").replace(" ", "")
+    if "outofmemory(requestedsize" in text:  # of the workspace, not of the device
+        return RAISE
     if any(word in text for word in ("outofmemory", "badalloc", "memoryerror", "cudaerror2)")):
         return LOWER
     if "insufficientmemory" in text or "workspace" in text:
-        return "raise build-engine.workspace_mib"
+        return RAISE
     if "cudasuccess" in text or "cudaruntime" in text:
         return "build where a GPU is: build-engine.refit and strip_plan need one"
     if "libnvinferlean" in text:
