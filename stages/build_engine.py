@@ -88,8 +88,9 @@ class BuildEngineParams:
 
 
 def variant(params: BuildEngineParams) -> str:
-    """The artifact's name: the precision, and the backend when one was asked for."""
-    return params.precision if params.backend == "auto" else f"{params.precision}-{params.backend}"
+    """The artifact's name: the precision, the backend when one was asked for, and that attention is a plugin."""
+    backend = [] if params.backend == "auto" else [params.backend]
+    return "-".join([params.precision, *backend, *(["plugin"] if params.tensorrt_attention == "plugin" else [])])
 
 
 def run(params: BuildEngineParams, inputs: Mapping[str, Artifact], folder: Path) -> Outcome:
@@ -140,6 +141,8 @@ def run(params: BuildEngineParams, inputs: Mapping[str, Artifact], folder: Path)
         "rows": "packed" if recipe.packed else "padded",
         "chosen_because": why,
     }
+    if target.backend == "tensorrt":
+        platform["attention"] = params.tensorrt_attention  # the plugin's files and their SHA-256 are in build.json
     if params.precision == "int8":
         search = {"kept_wide": list(facts["recipe"]["int8_keep_wide"]), "sensitivity": facts.get("sensitivity", {})}
         platform["int8_search"] = search  # over the linears, by measured error, until the gate was passed

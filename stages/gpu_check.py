@@ -11,7 +11,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from serving.engine import Engine
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+WITH_PLUGIN = ("fp16",)  # what is built once more, its attention our kernel
 ROUNDS, WARM_UP = 50, 10
 
 
@@ -87,9 +88,8 @@ def gpu_check(
         return one.ok
 
     step("libraries", lambda: _libraries(backend))
-    for precision in precisions:
-        folder = workspace.artifacts / "build-engine" / f"{precision}-{backend}"
-        step(f"{precision}: build", lambda p=precision: _build(workspace, p, backend))  # type: ignore[misc]
+    for precision, folder, overrides in _engines(workspace, backend, precisions):
+        step(f"{precision}: build", lambda o=overrides: _build(workspace, o, backend))  # type: ignore[misc]
         step(f"{precision}: preflight", lambda f=folder: _preflight(f))  # type: ignore[misc]
         for entry in _entries(bundle):
             step(f"{precision} {entry}: golden answers", lambda f=folder, e=entry: _compare(f, bundle, e))  # type: ignore[misc]
@@ -98,6 +98,18 @@ def gpu_check(
             step(f"{precision} {entry}: time", lambda f=folder, e=entry: _time(f, bundle, e))  # type: ignore[misc]
         step(f"{precision}: model repository", lambda f=folder: _repository(workspace, f))  # type: ignore[misc]
     return report, path
+
+
+def _engines(
+    workspace: Workspace, backend: str, precisions: Sequence[str]
+) -> Iterator[tuple[str, Path, dict[str, str]]]:
+    """What to call each engine that is built, its folder, and the parameters that it is built with."""
+    for precision in precisions:
+        name = f"{precision}-{backend}"
+        yield precision, workspace.artifacts / "build-engine" / name, {"precision": precision}
+        if backend == "tensorrt" and precision in WITH_PLUGIN:
+            overrides = {"precision": precision, "tensorrt_attention": "plugin"}
+            yield f"{precision} with the plugin", workspace.artifacts / "build-engine" / f"{name}-plugin", overrides
 
 
 def _repository(workspace: Workspace, folder: Path) -> dict[str, Any]:
@@ -119,11 +131,11 @@ def _libraries(backend: str) -> dict[str, Any]:
     return {"product": TARGETS[backend].product, "version": TARGETS[backend].require()}
 
 
-def _build(workspace: Workspace, precision: str, backend: str) -> dict[str, Any]:
+def _build(workspace: Workspace, overrides: Mapping[str, str], backend: str) -> dict[str, Any]:
     from stages.pipeline import stage
 
     began = time.perf_counter()
-    artifact = execute(stage("build-engine"), workspace, overrides={"precision": precision, "backend": backend})
+    artifact = execute(stage("build-engine"), workspace, overrides={**overrides, "backend": backend})
     return {"id": artifact.id, "seconds": round(time.perf_counter() - began, 3), **artifact.manifest["platform"]}
 
 

@@ -35,13 +35,11 @@ def write_commands(bundle: Path) -> None:
 def commands(config: HSTUConfig, folder: Path, spec: EngineSpec, name: EntryName) -> list[list[str]]:
     """trtexec building and timing an entry's ONNX file, and polygraphy comparing TensorRT with ONNX Runtime on it."""
     model = f"engines/{folder.name}/{name}.onnx"
-    every = profile_shapes(config, name, "all")
     trtexec = [
-        "trtexec", f"--onnx={model}", f"--saveEngine={name}-{folder.name}.plan",
-        *(f"--{kind}Shapes={_trtexec_shapes(every, which)}" for which, kind in enumerate(("min", "opt", "max"))),
+        "trtexec", f"--onnx={model}", f"--saveEngine={name}-{folder.name}.plan", *_trtexec_profiles(config, name),
         "--builderOptimizationLevel=3", "--memPoolSize=workspace:8192", "--noTF32", "--timingCacheFile=timing.cache",
         "--profilingVerbosity=detailed", f"--exportLayerInfo={name}-{folder.name}.layers.json", "--useCudaGraph",
-        "$STRONGLY_TYPED",
+        f"--useProfile={PROFILES.index('batch')}", "$STRONGLY_TYPED",
     ]  # fmt: skip
     limit = TOLERANCES[spec.precision].max_abs_error
     polygraphy = [
@@ -87,6 +85,21 @@ def golden_feeds(golden: Mapping[str, Array], config: HSTUConfig, name: EntryNam
     return feeds
 
 
+def _trtexec_profiles(config: HSTUConfig, name: EntryName) -> list[str]:
+    """All profiles of an engine as trtexec reads them: each `--profile=N` is followed by its three shapes at once.
+
+    Source: NVIDIA/TensorRT, samples/common/sampleOptions.cpp, `getOptimizationProfiles` (10.13 to 11.1 alike).
+    """
+    words = []
+    for number, profile in enumerate(PROFILES):
+        shapes = profile_shapes(config, name, profile)
+        words.append(f"--profile={number}")
+        words += [
+            f"--{kind}Shapes={_trtexec_shapes(shapes, which)}" for which, kind in enumerate(("min", "opt", "max"))
+        ]
+    return words
+
+
 def _trtexec_shapes(shapes: Mapping[str, tuple[tuple[int, ...], ...]], which: int) -> str:
     return ",".join(f"{name}:{'x'.join(map(str, sizes[which]))}" for name, sizes in shapes.items())
 
@@ -117,6 +130,9 @@ Precision is in the graphs: no --fp16 and no --int8. TensorRT 10 must be told th
 STRONGLY_TYPED=$(python -c 'import tensorrt as t; print("--stronglyTyped" if t.__version__.startswith("10.") else "")')
 ```
 
-trtexec fills inputs with random numbers, so its timings hold and its answers mean nothing; polygraphy takes the golden
-inputs and compares TensorRT with ONNX Runtime on the same file. Engines of OpenVINO stand here for their ONNX files.
+trtexec builds the same profiles as build-engine does (0: one or two users, 1: a batch, 2: long histories) and times
+the one that `--useProfile` names, at its typical shapes. It fills inputs with random numbers, so its timings hold and
+its answers mean nothing; polygraphy takes the golden inputs and compares TensorRT with ONNX Runtime on the same file.
+Both build attention from the function's operators: the attention plugin is known to build-engine alone.
+Engines of OpenVINO stand here for their ONNX files.
 """

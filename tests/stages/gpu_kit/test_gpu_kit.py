@@ -14,7 +14,7 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from hstu.config import HSTUConfig
-from hstu.signature import MAX_BATCH, entry, entry_names
+from hstu.signature import MAX_BATCH, entry, entry_names, profile_shapes
 from serving.engine import check_feeds, open_engine
 from stages.gpu_kit.commands import PROFILES, golden_feeds, write_commands
 from stages.gpu_kit.model_repository import server_config, write_model_repository
@@ -106,8 +106,41 @@ def test_every_command_names_files_that_are_there(bundle: Path) -> None:
         assert not {"--fp16", "--int8", "--best"} & set(words)
         model = next(word for word in words if word.startswith("--onnx=")).partition("=")[2]
         assert (bundle / model).is_file()
-        shapes = [word.partition("=")[2] for word in words if word.startswith("--maxShapes=")]
-        assert f"lengths:{MAX_BATCH}" in shapes[0].split(",")
+        profiles = trtexec_profiles(words)
+        assert len(profiles) == len(PROFILES)
+        name = model.rpartition("/")[2].partition(".")[0]
+        for profile, shapes in zip(PROFILES, profiles, strict=True):
+            wanted = profile_shapes(CONFIG, name, profile)  # type: ignore[arg-type]
+            for which, kind in enumerate(("--minShapes", "--optShapes", "--maxShapes")):
+                assert shapes[kind] == {tensor: sizes[which] for tensor, sizes in wanted.items()}
+        assert any(f"lengths:{MAX_BATCH}" in word for word in words)
+
+
+def trtexec_profiles(words: list[str]) -> list[dict[str, dict[str, tuple[int, ...]]]]:
+    """What trtexec reads: after `--profile=N` its shapes and nothing between; none of them anywhere else."""
+    profiles: list[dict[str, dict[str, tuple[int, ...]]]] = []
+    place = 0
+    while place < len(words):
+        word = words[place]
+        assert not re.match("--(min|opt|max)Shapes=", word), f"{word} behind no --profile"
+        place += 1
+        if word.startswith("--profile="):
+            assert word == f"--profile={len(profiles)}"
+            profiles.append({})
+            while place < len(words) and (found := re.match("(--(?:min|opt|max)Shapes)=(.*)", words[place])):
+                pairs = (pair.split(":") for pair in found[2].split(","))
+                profiles[-1][found[1]] = {name: tuple(map(int, sizes.split("x"))) for name, sizes in pairs}
+                place += 1
+            assert len(profiles[-1]) == 3
+    return profiles
+
+
+def test_shapes_behind_no_profile_are_found() -> None:
+    good = ["trtexec", "--profile=0", "--minShapes=a:1", "--optShapes=a:2", "--maxShapes=a:3x4"]
+    assert trtexec_profiles(good)[0]["--maxShapes"] == {"a": (3, 4)}
+    for bad in ([*good, "--minShapes=a:1"], [good[0], *good[2:]], [*good[:2], "--noTF32", *good[2:]]):
+        with pytest.raises(AssertionError):
+            trtexec_profiles(bad)
 
 
 def test_polygraphy_understands_its_command(bundle: Path) -> None:

@@ -49,3 +49,29 @@ def import_bindings(folder: Path) -> None:
     import tensorrt_bindings.plugin
 
     sys.modules["tensorrt.plugin"] = tensorrt_bindings.plugin
+
+
+def write_stubs(folder: Path) -> None:
+    """`folder` holds the package `tensorrt`, a stub of the bindings, and `tensorrt.plugin`, whose files are Python."""
+    import tensorrt
+    import tensorrt.plugin as plugin
+    from pybind11_stubgen import main
+
+    sys.modules["tensorrt.tensorrt"] = sys.modules["tensorrt_bindings.tensorrt"]
+    main(["tensorrt_bindings.tensorrt", "-o", str(folder), "--ignore-all-errors"])
+    package = folder / "tensorrt"
+    (package / "plugin").mkdir(parents=True)
+    bound = (folder / "tensorrt_bindings" / "tensorrt.pyi").read_text()
+    (package / "__init__.pyi").write_text(f"{bound}\n__version__: str\n")
+    assert plugin.__file__ is not None
+    for path in Path(plugin.__file__).parent.glob("_[a-z]*.py"):
+        shutil.copyfile(path, package / "plugin" / path.name)
+    names = {name: vars(plugin)[name].__module__.rpartition(".")[2] for name in plugin.__all__ if name != "op"}
+    lines = [f"from tensorrt.plugin.{module} import {name} as {name}" for name, module in sorted(names.items())]
+    (package / "plugin" / "__init__.py").write_text("\n".join(lines) + "\n")
+    assert tensorrt.__version__.startswith("11.")
+
+
+if __name__ == "__main__":
+    import_bindings(Path(sys.argv[1]))
+    write_stubs(Path(sys.argv[2]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from stages.tensorrt.api_lint import import_error_handlers, removed_names
+from tests.stages.tensorrt.bindings import MISSING, write_libraries
 
 ROOT = Path(__file__).parents[3]
 CHECKED = ("stages/tensorrt", "serving/engines/tensorrt.py", "serving/engines/tensorrt_entry.py")
@@ -20,7 +22,7 @@ SOURCES = sorted(
 
 def test_nothing_of_ours_uses_a_name_that_tensorrt_11_removed() -> None:
     ours = [path for path in SOURCES if "tensorrt" in path.read_text() and path.name != "api_lint.py"]
-    assert len(ours) >= 8
+    assert len(ours) >= 10
     assert [found for path in ours for found in removed_names(path.read_text(), path.name)] == []
 
 
@@ -58,13 +60,23 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def tensorrt_stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stubs of TensorRT's own bindings, 11.4, and its plugin package as it is."""
+    folder = tmp_path_factory.mktemp("stubs")
+    libraries = write_libraries(tmp_path_factory.mktemp("libraries"))
+    command = [sys.executable, "-m", "tests.stages.tensorrt.bindings", str(libraries), str(folder)]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return folder
+
+
 def pyright(stubs: Path, *paths: Path) -> list[str]:
     """What pyright says of the files, as "file: message"."""
     project = stubs / "pyrightconfig.json"
     settings = {
         "include": [str(path) for path in paths],
         "stubPath": str(stubs),
-        "extraPaths": [str(ROOT)],
+        "extraPaths": [str(ROOT), str(stubs)],
         "typeCheckingMode": "basic",
         "pythonVersion": "3.11",
         "reportMissingImports": "none",
@@ -101,3 +113,32 @@ def test_pyright_knows_every_call_and_finds_every_planted_mistake(stubs: Path, t
     found = pyright(stubs, *wrong)
     for number, (_, _, mistake, word) in enumerate(PLANTED):
         assert any(line.startswith(f"planted_{number}.py") and word in line for line in found), f"{mistake}: {found}"
+
+
+@pytest.mark.skipif(bool(MISSING), reason=MISSING)
+def test_tensorrt_11_has_every_call_too(tensorrt_stubs: Path, tmp_path: Path) -> None:
+    """The same files against TensorRT's own bindings, and the plugin, which TensorRT-RTX has no names for."""
+    copies = []
+    for path in (WORKER, ENTRY, LOADER):
+        text = (ROOT / path).read_text()
+        copy = tmp_path / Path(path).name
+        copy.write_text(text.replace("import tensorrt_rtx as trt", "import tensorrt as trt"))
+        assert text != copy.read_text()
+        copies.append(copy)
+    assert pyright(tensorrt_stubs, *copies, ROOT / PLUGIN) == []
+    for number, (right, mistake, _) in enumerate(PLANTED_IN_PLUGIN):
+        text = (ROOT / PLUGIN).read_text()
+        assert right in text, f"nothing to plant {mistake} in"
+        (tmp_path / f"planted_{number}.py").write_text(text.replace(right, mistake, 1))
+    found = pyright(tensorrt_stubs, *sorted(tmp_path.glob("planted_*.py")))
+    for number, (_, mistake, word) in enumerate(PLANTED_IN_PLUGIN):
+        assert any(line.startswith(f"planted_{number}.py") and word in line for line in found), f"{mistake}: {found}"
+
+
+PLUGIN = "stages/tensorrt/plugin.py"
+PLANTED_IN_PLUGIN = (
+    ("@trtp.aot_impl(ID)", "@trtp.aot(ID)", "aot"),
+    ("trtp.SymIntExprs(len(NUMBERS))", "trtp.SymFloatExprs(len(NUMBERS))", "SymFloatExprs"),
+    ("uvqk.shape_expr", "uvqk.shape_expression", "shape_expression"),
+    ("trt.bfloat16", "trt.brainfloat16", "brainfloat16"),
+)
