@@ -193,7 +193,7 @@ def _rival(
             if not error <= tolerance_of(NAMES[problem.out.dtype]):
                 return {"failed": f"wrong, so not timed: error {error:.3g}"}
         us = machine.time([run], seconds).us
-    except (RuntimeError, ValueError, TypeError, LookupError, ImportError, AttributeError, AssertionError) as failure:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as failure:
         clean()
         return {"failed": f"{type(failure).__name__}: {str(failure).splitlines()[0]}"}
     return {"us": us} | ({} if error is None else {"error": error})

@@ -81,7 +81,7 @@ def _with_plugin(
     folder: Path, config: HSTUConfig, settings: BuildSettings, product: Product, device: Device | None
 ) -> tuple[dict[EntryName, str], dict[str, str]]:
     """The ONNX file of every entry, and the plugin's files with their SHA-256: none where there is no plugin."""
-    sources = {name: f"{name}.onnx" for name in entry_names(config)}
+    sources: dict[EntryName, str] = {name: f"{name}.onnx" for name in entry_names(config)}
     if settings.tensorrt_attention == "function":
         return sources, {}
     stray = [name for name in ("refit", "strip_plan", "version_compatible") if getattr(settings, name)]
@@ -93,7 +93,9 @@ def _with_plugin(
             expected="TensorRT, for the GPU of this machine and its version alone",
             fix="set build-engine.tensorrt_attention: function",
         )
-    written = {name: write_plugin_graph(folder, name, config) for name in sources}
+    written: dict[EntryName, tuple[str, str | None]] = {
+        name: write_plugin_graph(folder, name, config) for name in sources
+    }
     dtypes = {dtype for _, dtype in written.values() if dtype is not None}
     if len(dtypes) != 1:
         raise ParameterError(
@@ -104,7 +106,8 @@ def _with_plugin(
         )
     sm = int(device.sm.replace(".", ""))
     say(f"build-engine: compiling the attention plugin's kernel, {min(dtypes)} for sm_{sm}")
-    return {name: file for name, (file, _) in written.items()}, write_kernel(folder, config, min(dtypes), sm)
+    sources = {name: file for name, (file, _) in written.items()}
+    return sources, write_kernel(folder, config, min(dtypes), sm)
 
 
 def _keep_cache(

@@ -46,8 +46,9 @@ def register(description: "Mapping[str, Any]", ptx: str) -> None:
         head_dim: int,
         max_length: int,
     ) -> trtp.TensorDesc:
-        batch, rows, _ = uvqk.shape_expr
-        return trtp.from_shape_expr((batch, rows, num_heads * head_dim), uvqk.dtype)
+        shape = trtp.ShapeExprs(3)
+        shape[0], shape[1], shape[2] = _size(uvqk, 0), _size(uvqk, 1), num_heads * head_dim
+        return trtp.from_shape_expr(shape, uvqk.dtype)
 
     @trtp.aot_impl(ID)
     def kernel(
@@ -68,12 +69,19 @@ def register(description: "Mapping[str, Any]", ptx: str) -> None:
             raise ValueError(
                 f"{ID}: the kernel is for {dtype} and heads of {constants['DV']}, not {uvqk.dtype}, {head_dim}"
             )
-        batch, rows, _ = uvqk.shape_expr
         launch = trtp.KernelLaunchParams()
-        launch.grid_x = trtp.cdiv(rows, constants["BLOCK_M"])
-        launch.grid_y = batch
+        launch.grid_x = trtp.cdiv(_size(uvqk, 1), constants["BLOCK_M"])
+        launch.grid_y = _size(uvqk, 0)
         launch.block_x = description["threads"]
         launch.shared_mem = description["shared_bytes"]
         numbers = trtp.SymIntExprs(len(NUMBERS))
-        numbers[0], numbers[1], numbers[2] = rows, trtp.SymInt32(num_heads), trtp.SymInt32(max_length)
+        numbers[0], numbers[1], numbers[2] = _size(uvqk, 1), trtp.SymInt32(num_heads), trtp.SymInt32(max_length)
         return description["entry"], ptx, launch, numbers
+
+
+def _size(tensor: trtp.TensorDesc, axis: int) -> trtp.ShapeExpr:
+    """An axis of a tensor, as an expression of the network's shapes."""
+    size: Any = tensor.shape_expr[axis]
+    if not isinstance(size, trtp.ShapeExpr):
+        raise TypeError(f"{ID}: the size of axis {axis} is {size}")
+    return size

@@ -55,12 +55,12 @@ def use_plugin(model: ir.Model, config: HSTUConfig) -> str | None:
     edges = _constant(model, "bucket_edges", bucket_edges(THRESHOLDS).numpy())
     buckets = calls[0].inputs[1]
     rows = calls[0].inputs[0]
-    if buckets is None or rows is None or rows.dtype not in DTYPES:
+    if buckets is None or rows is None or rows.dtype is None or rows.dtype not in DTYPES:
         raise _unknown(calls[0])
     difference, chain = _difference(buckets)
     next_times, times = (_without_axis(side, axis) for side, axis in zip(difference.inputs, (2, 1), strict=True))
     for call in calls:
-        if call.inputs[1] is not buckets or abs(call.attributes.get_float("epsilon") - EPSILON) > EPSILON / 1e3:
+        if call.inputs[1] is not buckets or abs(call.attributes.get_float("epsilon", 0.0) - EPSILON) > EPSILON / 1e3:
             raise _unknown(call)
         _replace(model, call, [times, next_times], edges, config)
     _gather_before(model, buckets, difference, chain)

@@ -61,7 +61,7 @@ def test_without_a_gpu_every_step_says_what_it_misses(workspace: Workspace, tmp_
     there = Workspace(artifacts=workspace.artifacts, reports=tmp_path, values=workspace.values)
     report, path = gpu_check(there, workspace.artifacts.parent / "bundle", precisions=["fp16", "int8"])
     assert [step.ok for step in report.steps] == [False] * len(report.steps)
-    assert len(report.steps) == 1 + 2 * (3 + 3 * 4)
+    assert len(report.steps) == 1 + 3 * (3 + 3 * 4)  # fp16, fp16 with the plugin, and the other
     assert "TensorRT is not installed" in str(report.steps[0].error)
     assert all(step.error for step in report.steps)
     assert json.loads(path.read_bytes())["steps"][1]["name"] == "fp16: build"

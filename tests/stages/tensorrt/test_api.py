@@ -139,6 +139,6 @@ PLUGIN = "stages/tensorrt/plugin.py"
 PLANTED_IN_PLUGIN = (
     ("@trtp.aot_impl(ID)", "@trtp.aot(ID)", "aot"),
     ("trtp.SymIntExprs(len(NUMBERS))", "trtp.SymFloatExprs(len(NUMBERS))", "SymFloatExprs"),
-    ("uvqk.shape_expr", "uvqk.shape_expression", "shape_expression"),
+    ("tensor.shape_expr[axis]", "tensor.shape_expression[axis]", "shape_expression"),
     ("trt.bfloat16", "trt.brainfloat16", "brainfloat16"),
 )
