@@ -59,6 +59,7 @@ PARAMS = BuildEngineParams(
     weight_streaming=False,
     version_compatible=False,
     hardware_compatibility="none",
+    tensorrt_attention="function",
 )
 # The tiny model is random and 16 wide: rounding shows more in it than in any trained one.
 LIMITS: dict[str, dict[str, float]] = {
@@ -331,3 +332,10 @@ def test_int8_widens_what_is_most_sensitive_until_it_passes(inputs: dict[str, Ar
     linears = recipe["entries"]["retrieve"]["linears"]
     assert all(kind == "float32" for name, kind in linears.items() if name.partition("#")[0] in widened)
     assert outcome.metrics["embedding_cosine"]["mean"] >= limit
+
+
+def test_only_tensorrt_has_the_attention_plugin(surgered: Artifact, checkpoint: Artifact, tmp_path: Path) -> None:
+    params = replace(PARAMS, tensorrt_attention="plugin")
+    with pytest.raises(ParameterError, match="only TensorRT has the attention plugin"):
+        run(params, {"surgery": surgered, "checkpoint": checkpoint}, tmp_path)
+    assert variant(params) == "fp32-onnxruntime-plugin"
