@@ -334,8 +334,8 @@ def test_int8_widens_what_is_most_sensitive_until_it_passes(inputs: dict[str, Ar
     assert outcome.metrics["embedding_cosine"]["mean"] >= limit
 
 
-def test_only_tensorrt_has_the_attention_plugin(surgered: Artifact, checkpoint: Artifact, tmp_path: Path) -> None:
+def test_only_tensorrt_has_the_attention_plugin(inputs: dict[str, Artifact], tmp_path: Path) -> None:
     params = replace(PARAMS, tensorrt_attention="plugin")
     with pytest.raises(ParameterError, match="only TensorRT has the attention plugin"):
-        run(params, {"surgery": surgered, "checkpoint": checkpoint}, tmp_path)
-    assert variant(params) == "fp32-onnxruntime-plugin"
+        build_engine.run(params, inputs, tmp_path)
+    assert build_engine.variant(params) == "fp32-onnxruntime-plugin"

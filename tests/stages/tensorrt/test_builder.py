@@ -54,12 +54,6 @@ def test_a_folder_of_engines_says_what_built_it(surgered: Artifact, tmp_path: Pa
         assert all("FLOAT" in kind or "HALF" not in kind for kind in entry.layers)
 
 
-def test_the_same_graph_gives_the_same_engine(surgered: Artifact, tmp_path: Path) -> None:
-    for name in ("first", "again"):
-        built(surgered, tmp_path / name)
-    assert (tmp_path / "first").read_bytes() == (tmp_path / "again").read_bytes()
-
-
 def test_memory_that_a_profile_needs_is_told_from_memory_that_lacks() -> None:
     """Without 64 GiB of workspace the reference's largest profile is refused: more is needed, not less."""
     reason = "Error Code 2: OutOfMemory (Requested size was 9055570272 bytes.)"
