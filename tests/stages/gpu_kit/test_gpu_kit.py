@@ -128,6 +128,7 @@ def trtexec_profiles(words: list[str]) -> list[dict[str, dict[str, tuple[int, ..
             assert word == f"--profile={len(profiles)}"
             profiles.append({})
             while place < len(words) and (found := re.match("(--(?:min|opt|max)Shapes)=(.*)", words[place])):
+                assert found[1] not in profiles[-1], f"{words[place]} once more"
                 pairs = (pair.split(":") for pair in found[2].split(","))
                 profiles[-1][found[1]] = {name: tuple(map(int, sizes.split("x"))) for name, sizes in pairs}
                 place += 1
