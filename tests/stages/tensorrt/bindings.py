@@ -16,6 +16,8 @@ from pathlib import Path
 MISSING = ""
 if find_spec("tensorrt_bindings") is None:
     MISSING = "tensorrt-cu13-bindings is not installed"
+elif find_spec("tensorrt_libs") is not None:
+    MISSING = "TensorRT's own libraries are here: nothing has to stand in for them"
 elif shutil.which("cc") is None:
     MISSING = "there is no C compiler to stand in for TensorRT's libraries"
 elif find_spec("tensorrt_rtx_libs") is None:
