@@ -36,7 +36,7 @@ def attention_call(source: cutlass.Source) -> tuple[Launch, list[int], list[int]
     _, v, q, k = (part.unflatten(1, (3, width)) for part in uvqk.chunk(4, 1))
     out, offsets, targets = torch.zeros_like(q.contiguous()), torch.tensor([0, 0, 400, 900]), torch.tensor([0, 400, 1])
     launch = attention.launch(q, k, v, out, offsets, targets, longest=500, max_length=512, bias=None)
-    return launch, [640], [x.data_ptr() for x in (q, k, v, out, offsets, targets)]
+    return launch, [832], [x.data_ptr() for x in (q, k, v, out, offsets, targets)]
 
 
 def launched(fake: ctypes.CDLL, source: cutlass.Source, folder: Path) -> dict[str, Any]:
