@@ -19,13 +19,14 @@ class Bar:
     text: str
     tone: str  # a CSS class of `stages.report_style`: eager, peer, ours-0 …, vllm
     whisker: float | None = None
+    dot: float | None = None  # stands beyond the whisker (p99 beyond p95)
     note: str = ""
 
 
 def bar_chart(title: str, bars: Sequence[Bar], *, caption: str = "") -> str:
     """A titled chart of horizontal bars, one SVG a row, all on one scale that begins at 0."""
     largest = max((bar.value for bar in bars), default=0.0) or 1.0
-    reach = max((bar.whisker or 0.0 for bar in bars), default=0.0)
+    reach = max((max(bar.whisker or 0.0, bar.dot or 0.0) for bar in bars), default=0.0)
     longest = max(largest, min(reach, WHISKER_REACH * largest))  # one slow request must not flatten all bars
     rows = "".join(
         f'<div class="bar-row"><span class="bar-label">{escape(bar.label)}</span>'
@@ -50,6 +51,9 @@ def _bar_svg(bar: Bar, longest: float) -> str:
         parts.append(f'<line class="whisker" x1="{width:.2f}%" x2="{end:.2f}%" y1="{middle:g}" y2="{middle:g}"/>')
         if bar.whisker <= longest:
             parts.append(f'<line class="whisker" x1="{end:.2f}%" x2="{end:.2f}%" y1="6" y2="{ROW_HEIGHT - 6}"/>')
+    if bar.dot is not None and bar.value < bar.dot <= longest:
+        end = min(100 * bar.dot / longest, 99.0)
+        parts.append(f'<circle class="dot" cx="{end:.2f}%" cy="{middle:g}" r="2.2"/>')
     label = escape(f"{bar.label}: {bar.text} {bar.note}".strip(), quote=True)
     return f'<svg role="img" aria-label="{label}" width="100%" height="{ROW_HEIGHT}">{"".join(parts)}</svg>'
 
@@ -65,3 +69,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numeric_from: i
     header = "".join(cell("th", index, text) for index, text in enumerate(head))
     body = "".join(f"<tr>{''.join(cell('td', i, text) for i, text in enumerate(row))}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def milliseconds(value: float) -> str:
+    """Three digits, and no powers of ten."""
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,8 +32,10 @@ QUALITY = "quality.json"  # of an engine: the figures of its gate
 MAX_WAIT = (
     1.0  # time that a pair may have waited for cores, over all its time: no part of the figures, but it stirs caches
 )
+MORE = 2  # times that an engine in doubt is measured again; all its openings count
 # Student's t, 95 % two-sided, by degrees of freedom: a handful of openings is a small sample.
-T975 = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 11: 2.201, 15: 2.131}
+T975 = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 11: 2.201, 15: 2.131, 17: 2.110,
+        23: 2.069, 29: 2.045}  # fmt: skip
 
 
 def gate_against(workspace: Workspace, baseline: Path) -> Verdict:
@@ -141,11 +144,18 @@ def _speeds(
     sides = {name: (_contestant(before), _contestant(now)) for name, before, now in timed}
     with both_sides(*next(iter(sides.values()))) as workers:
         for name, (before, now) in sides.items():
-            difference = measure_difference(
-                workers, before, now, config, cell,
-                openings=params.openings, rounds=params.rounds, seed=0, slower=slower,
+            measure = partial(
+                measure_difference, workers, before, now, config, cell,
+                openings=params.openings, rounds=params.rounds, slower=slower,
             )  # fmt: skip
-            check = check_speed(f"{name} retrieve, one user, one thread", difference, params.noticed_slowdown)
+            what = f"{name} retrieve, one user, one thread"
+            difference = measure(seed=0)
+            check = check_speed(what, difference, params.noticed_slowdown)
+            for seed in range(1, 1 + MORE):
+                if check.status != "inconclusive":
+                    break
+                difference += measure(seed=seed)
+                check = check_speed(what, difference, params.noticed_slowdown)
             say(f"gate: {check.what}: {check.status}, {check.got}")
             checks.append(check)
     return checks

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from stages import report_sections as sections
-from stages.caching.compare import html_table
 from stages.contract import Workspace
+from stages.report_cache import cache
 from stages.report_evidence import Evidence, gather, read_gpus, read_ladder
 from stages.report_ladder import ladder_html, ladder_table
+from stages.report_lineage import lineage
 from stages.report_markdown import markdown
 from stages.report_speed import speed
 from stages.report_style import STYLE
@@ -38,15 +39,15 @@ def page(evidence: Evidence) -> str:
     identity = evidence.lineage["bundle"][0]
     title = f"HSTU bundle {evidence.description['version']}"
     chapters = [
+        ("lineage", "What it was made from", lineage(evidence)),
         ("ladder", "What each step is worth", ladder_html(evidence.ladder, evidence.gpus)),
         ("quality", "Model and data", sections.quality(evidence)),
         ("gates", "What each precision costs", sections.gates(evidence)),
         ("speed", "Speed and memory", speed(evidence)),
-        ("cache", "Cache policies", html_table(evidence.cache_scores)),
+        ("cache", "Cache policies", cache(evidence.cache_scores)),
         ("skipped", "Not measured", sections.skipped(evidence)),
         ("gate", "Against the baseline", sections.gate(evidence)),
         ("conformance", "Conformance", sections.conformance(evidence)),
-        ("lineage", "Lineage", sections.lineage(evidence)),
         ("environment", "Environment", sections.environment(evidence)),
     ]
     chapters = [chapter for chapter in chapters if chapter[2]]

@@ -14,6 +14,7 @@ from stages import conformance
 from stages.caching.compare import read_scores
 from stages.contract import Workspace
 from stages.gate import BASELINE, BENCHMARK, GateParams, Verdict, check, read_metrics
+from stages.gate_trials import FILE as TRIALS
 from stages.ladder import FILE as LADDER
 from stages.lineage import lineage_copies
 from stages.parameters import load_params
@@ -34,6 +35,7 @@ class Evidence:
     cache_scores: Sequence[Mapping[str, Any]]  # of `compare-caches`; none when it was not run
     built_only: Mapping[str, Mapping[str, Any]]  # engines that no device here can run: name → manifest
     ladder: Mapping[str, Any] | None  # of `ladder`; None when it was not climbed
+    trials: Mapping[str, Any] | None  # of `gate-trials`; None when there were none
     gpus: Sequence[Mapping[str, Any]]  # what `make gpu-check` wrote, one for each GPU
     conformance: tuple[conformance.Row, ...]  # the matrix of models, entries and precisions; empty when it was not run
 
@@ -68,6 +70,7 @@ def gather(workspace: Workspace) -> Evidence:
         cache_scores=read_scores(workspace.reports),
         built_only=built_only,
         ladder=read_ladder(workspace.reports),
+        trials=_read(workspace.reports / TRIALS),
         gpus=read_gpus(workspace.reports),
         conformance=tuple(conformance.read_rows(workspace.reports / conformance.FILE)),
     )
@@ -75,11 +78,14 @@ def gather(workspace: Workspace) -> Evidence:
 
 def read_ladder(reports: Path) -> Mapping[str, Any] | None:
     """What `ladder` measured; None when it was not climbed."""
-    path = reports / LADDER
-    return json.loads(path.read_bytes()) if path.is_file() else None
+    return _read(reports / LADDER)
 
 
 def read_gpus(reports: Path) -> list[Mapping[str, Any]]:
     """What `gpu-check` measured on GPUs; its rehearsals without one are left out."""
     found = [json.loads(path.read_bytes()) for path in sorted((reports / "gpu").glob("*.json"))]
     return [report for report in found if report["backend"] == "tensorrt"]
+
+
+def _read(path: Path) -> Mapping[str, Any] | None:
+    return json.loads(path.read_bytes()) if path.is_file() else None

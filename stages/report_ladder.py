@@ -37,7 +37,7 @@ def ladder_table(report: Mapping[str, Any], gpus: Sequence[Mapping[str, Any]] = 
             body.append([rung["rung"], *["wrong" if not one["correct"] else "–"] * 7, _claim(rung), *_gpus(rung, gpus)])
             continue
         low, high = one["ratio_ci95"]
-        mark = " ~" if is_disturbed(one) or is_disturbed(many) else ""
+        mark = "\N{NO-BREAK SPACE}~" if is_disturbed(one) or is_disturbed(many) else ""
         body.append(
             [
                 rung["rung"] + mark,
@@ -52,14 +52,13 @@ def ladder_table(report: Mapping[str, Any], gpus: Sequence[Mapping[str, Any]] = 
                 *_gpus(rung, gpus),
             ]
         )
-    what = "; ".join(f"{rung['rung']}: {rung['summary']}" for rung in report["rungs"])
     missing = "".join(f" Not measured: {one['rung']} ({one['reason']})." for one in report["missing"])
     machine, share = report["environment"]["cpu_model"], f"{report['occupancy']:.0%}"
     note = (
         f"{report['model']}; {machine}, one thread, one interleaved run, answers checked first. Latency: one user, "
         f"full history. Throughput and memory: {report['batch']} users, {share} of the positions real. Changes are "
         "relative to eager PyTorch in the same rounds; who comes back stands beside eager PyTorch computing the whole "
-        f"history. {what}.{missing} Claimed: what the reference project says of itself on an A100 (latency / "
+        f"history.{missing} Claimed: what the reference project says of itself on an A100 (latency / "
         "throughput / memory against PyTorch): another model on another machine, and no measurement of ours."
     )
     if not gpus:
@@ -83,14 +82,17 @@ def ladder_html(report: Mapping[str, Any] | None, gpus: Sequence[Mapping[str, An
         )
     ]
     note = f'<p class="caption">{escape(found.note)}</p>'
-    return f'<div class="charts">{"".join(charts)}</div>{table(found.head, found.body)}{note}'
+    what = "".join(f"<dt>{escape(rung['rung'])}</dt><dd>{escape(rung['summary'])}</dd>" for rung in report["rungs"])
+    told = f'<details><summary>What each rung is</summary><dl class="facts">{what}</dl></details>'
+    return f'<div class="charts">{"".join(charts)}</div>{table(found.head, found.body)}{note}{told}'
 
 
 def render(report: Mapping[str, Any]) -> str:
     """The table as plain Markdown."""
     found = ladder_table(report)
+    what = "\n".join(f"- *{rung['rung']}*: {rung['summary']}" for rung in report["rungs"])
     lines = [found.head, ["---"] + ["---:"] * (len(found.head) - 1), *found.body]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{found.note}"
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{found.note}\n\n{what}"
 
 
 def _bar(rung: Mapping[str, Any], value: float) -> Bar:

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from hstu.tolerances import TOLERANCES
-from stages.charts import Bar, bar_chart, table
+from stages.charts import Bar, bar_chart, milliseconds, table
 from stages.gate_checks import is_disturbed
 from stages.measure.contestants import PEERS
 from stages.report_evidence import Evidence
@@ -61,7 +61,7 @@ def _tiles(evidence: Evidence) -> str:
     best = fastest(evidence.rows, "trained", batch=1)
     if best is not None:
         tiles.append(
-            (f"{best['latency_ms']['p50']:.3g} ms", "to retrieve for one user, median",
+            (milliseconds(best["latency_ms"]["p50"]), "to retrieve for one user, median",
              f"{label(best)}, {best['ratio_to_eager']:.2f} × as fast as eager PyTorch in the same run")
         )  # fmt: skip
     most = fastest(evidence.rows, "trained", batch=32)
@@ -199,7 +199,24 @@ def gate(evidence: Evidence) -> str:
         note
         + table(head, rows, numeric_from=9, raw=True)
         + f'<p class="caption">{rest} further checks pass or inform.</p>'
+        + _trials(evidence)
     )
+
+
+def _trials(evidence: Evidence) -> str:
+    """How often the gate of two bundles fails one that is equal, and one that was made slower."""
+    if evidence.trials is None:
+        return ""
+    found = evidence.trials["summary"]
+    slower = f"made {evidence.trials['slowdown']:.0%} slower"
+    rows = []
+    for kind, name in (("equal", "a bundle beside itself"), ("slower", slower)):
+        if kind in found:
+            low, high = found[kind]["failed_share_ci95"]
+            counts = (str(found[kind][status]) for status in ("runs", "fail", "inconclusive", "pass"))
+            rows.append([name, *counts, f"{low:.0%} to {high:.0%}"])
+    head = ("gate --against, tried", "runs", "fail", "inconclusive", "pass", "95 % interval of failing")
+    return table(head, rows)
 
 
 def conformance(evidence: Evidence) -> str:
@@ -240,19 +257,6 @@ def _matrix(evidence: Evidence) -> str:
     return f'{table(("model", "entry", *columns), rows, numeric_from=9)}{listed}<p class="caption">{escape(note)}</p>'
 
 
-def lineage(evidence: Evidence) -> str:
-    """What the bundle was made from, each artifact by its id, sources first."""
-    items = []
-    for name, (identity, manifest) in sorted(evidence.lineage.items(), key=lambda item: _depth(item[0], evidence)):
-        tools = ", ".join(f"{tool} {version}" for tool, version in sorted(manifest["toolchain"].items()))
-        made = ", ".join(sorted(manifest["inputs"])) or "nothing before it"
-        items.append(
-            f"<li><b>{escape(name)}</b> <code>{identity[:12]}</code><br>"
-            f'<span class="soft">from {escape(made)}{f" · {escape(tools)}" if tools else ""}</span></li>'
-        )
-    return f'<ol class="chain">{"".join(items)}</ol>'
-
-
 def environment(evidence: Evidence) -> str:
     """The machine that measured."""
     values = evidence.benchmark["environment"]
@@ -287,10 +291,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             found.append((prefix + name, value))
     return found
-
-
-def _depth(name: str, evidence: Evidence) -> tuple[int, int, str]:
-    """How many steps lie before an artifact."""
-    inputs = evidence.lineage[name][1]["inputs"] if name in evidence.lineage else {}
-    steps = [_depth(parent.replace("/", "-"), evidence)[0] for parent in inputs]
-    return 1 + max(steps, default=0), precision_order(name.removeprefix("build-engine-")), name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from stages.charts import Bar, bar_chart, table
+from stages.charts import Bar, bar_chart, milliseconds, table
 from stages.measure.cases import CASES
 from stages.report_evidence import Evidence, Row
 from stages.report_tables import Table, batches, label, one_user, order, ratio, returning
@@ -60,10 +60,21 @@ def _entry_charts(rows: Sequence[Row]) -> str:
         if single:
             bars = [
                 Bar(label=label(row), value=row["latency_ms"]["p50"], whisker=row["latency_ms"]["p95"],
-                    text=f"{row['latency_ms']['p50']:.3g} ms", note=ratio(row), tone=_tone(row))
+                    dot=row["latency_ms"]["p99"], text=milliseconds(row["latency_ms"]["p50"]), note=ratio(row),
+                    tone=_tone(row))
                 for row in single
             ]  # fmt: skip
-            charts.append(bar_chart(f"Latency, one user, {words}", bars, caption="Median; the line reaches to p95."))
+            caption = "Median; the line reaches to p95, the dot is p99."
+            charts.append(bar_chart(f"Latency, one user, {words}", bars, caption=caption))
+        shares = [row for row in single if row["share_of_ceiling"] is not None and row["share_of_ceiling"] <= 1]
+        if shares and mode == "one":
+            bars = [
+                Bar(label=label(row), value=row["share_of_ceiling"], text=f"{row['share_of_ceiling']:.0%}",
+                    tone=_tone(row))
+                for row in shares
+            ]  # fmt: skip
+            caption = "The fastest matrix product of that precision, in the same rounds, is 100 %."
+            charts.append(bar_chart(f"Share of the ceiling, one user, {words}", bars, caption=caption))
     largest = max((row["batch"] for row in full if row["thread_mode"] == "all"), default=1)
     many = sorted((r for r in full if r["batch"] == largest and r["thread_mode"] == "all"), key=order)
     if largest > 1:

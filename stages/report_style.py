@@ -51,6 +51,12 @@ svg .ours-0 { fill: var(--ours); }
 svg .ours-1 { fill: var(--ours-1); }
 svg .ours-2 { fill: var(--ours-2); }
 svg .ours-3 { fill: var(--ours-3); }
+svg .dot { fill: var(--ink); opacity: .55; }
+svg .edge { fill: none; stroke: var(--soft); stroke-width: 1.3; opacity: .6; }
+svg .node { fill: var(--ground); stroke: var(--line); }
+svg .name { font: 600 13px system-ui, sans-serif; fill: var(--ink); }
+svg .id { font: 11px ui-monospace, Menlo, monospace; fill: var(--soft); }
+.graph { padding: .6rem .7rem; } .graph svg { display: block; width: 100%; min-width: 52rem; height: auto; }
 svg .whisker { stroke: var(--ink); stroke-width: 1.2; opacity: .55; }
 .scroll { overflow-x: auto; margin: .7rem 0; background: var(--sheet); border: 1px solid var(--line);
   border-radius: 8px; }

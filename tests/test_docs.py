@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import shutil
@@ -93,7 +94,7 @@ def test_commands_that_are_run_elsewhere_are() -> None:
 
 def write_inputs(folder: Path) -> None:
     """What the documents take for granted: a checkpoint of Meta's, requests, a log of events."""
-    write_meta_checkpoint(folder / "meta.pt", SMALL)
+    write_meta_checkpoint(folder / "meta.pt", dataclasses.replace(SMALL, item_rows=201))
     (folder / "requests.jsonl").write_text('{"user_id": 1, "events": [{"item_id": 3, "timestamp": 1000}]}\n')
     rows = [f"user-{u},item-{(u + e) % 40},view,{1_700_000_000 + 1000 * e}\n" for u in range(300) for e in range(8)]
     (folder / "events.csv").write_text("user_id,item_id,action,timestamp\n" + "".join(rows))

@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -145,16 +144,22 @@ def write_scores(path: Path, scores: Sequence[Score]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n")
 
 
-def table(scores: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, one a trace and budget, means over the seeds: byte-hit ratio, misses per 100 requests, ours
-    against LRU and Belady."""
-    policies = list(dict.fromkeys(score["policy"] for score in scores))
+def means(scores: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float, str], dict[str, float]]:
+    """miss_ratio and byte_hit_ratio of every trace, budget and policy, means over the seeds."""
     cells: dict[tuple[str, float, str], dict[str, float]] = {}
     for key in dict.fromkeys((score["trace"], score["budget"], score["policy"]) for score in scores):
         of_seeds = [score for score in scores if (score["trace"], score["budget"], score["policy"]) == key]
         cells[key] = {
             name: float(np.mean([score[name] for score in of_seeds])) for name in ("miss_ratio", "byte_hit_ratio")
         }
+    return cells
+
+
+def table(scores: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, one a trace and budget, means over the seeds: byte-hit ratio, misses per 100 requests, ours
+    against LRU and Belady."""
+    policies = list(dict.fromkeys(score["policy"] for score in scores))
+    cells = means(scores)
     rows = []
     for trace, budget in dict.fromkeys((score["trace"], score["budget"]) for score in scores):
         found = {policy: cells.get((trace, budget, policy)) for policy in policies}
@@ -181,20 +186,6 @@ def read_scores(reports: Path) -> list[dict[str, Any]]:
     """What `write_scores` wrote; nothing when no comparison was made yet."""
     path = reports / FILE
     return list(json.loads(path.read_text())["scores"]) if path.is_file() else []
-
-
-def html_table(scores: Sequence[Mapping[str, Any]]) -> str:
-    """The section of the report: byte-hit ratio (miss ratio); empty when nothing was compared."""
-    if not scores:
-        return ""
-    header, rows = table(scores)
-    note = (
-        "Byte-hit ratio, and in brackets the share of requests that missed; budgets are shares of all states' bytes; "
-        "means over draws of each trace."
-    )
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<p>{note}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def run(reports: Path, names: Sequence[str]) -> list[Score]:

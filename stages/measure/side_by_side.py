@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
@@ -40,6 +40,10 @@ class Difference:
     def wait_share(self) -> float:
         """Time that threads waited for a core, over the time of all requests."""
         return self.waited_s / self.seconds if self.seconds else 0.0
+
+    def __add__(self, other: Difference) -> Difference:
+        """All openings of both."""
+        return Difference(**{item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)})
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import pytest
 
 from hstu.errors import MissingBackendError, UsageError
 from stages.caching import compare, traces
+from stages.report_cache import cache
 
 
 def short(trace: traces.Trace, requests: int) -> traces.Trace:
@@ -63,5 +64,6 @@ def test_the_table_sets_ours_beside_lru_and_the_limit():
     header, rows = compare.table(scores)
     assert rows[0][-2:] == ["-20%", "0.100"]
     assert len(header) == len(rows[0])
-    assert "<td>-20%</td>" in compare.html_table(scores)
-    assert compare.html_table([]) == ""
+    assert '<td class="number">-20%</td>' in cache(scores)
+    assert cache(scores).count('<figure class="chart">') == len({score["trace"] for score in scores})
+    assert cache([]) == ""
