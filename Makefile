@@ -27,6 +27,10 @@ test-slow: environment tools
 tools: environment  # what some slow tests need beside the environment; without it they are skipped
 	.venv/bin/uv pip install --quiet --no-deps -r locks/tools.txt -r locks/cluster.txt
 
+# what CI has time for: every command of README and QUICKSTART, and every byte of a shipped bundle; wants `make run` first
+test-ci: environment
+	pytest -m "slow and not gpu and not tensorrt" tests/test_docs.py tests/stages/shipping/test_tampering.py
+
 lint: environment
 	ruff check .
 	ruff format --check .

@@ -1,7 +1,7 @@
 """Two bundles against each other on this machine: speed side by side, quality and size to the last digit.
 
 The gate of two files (`stages.gate`) compares runs of different days; here both bundles run at the same time, so an
-engine that is a tenth slower is found out where that one must allow for a third.
+engine that is a tenth slower is found out where that one must allow for a fifth.
 """
 
 from __future__ import annotations
