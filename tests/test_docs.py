@@ -18,6 +18,7 @@ import typer
 
 import cli
 from tests.meta_research import SMALL, write_meta_checkpoint
+from tests.stages.bundles import write_artifacts
 
 ROOT = Path(__file__).parent.parent
 DOCS = ["README.md", "README.zh-CN.md", "examples/README.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
@@ -90,6 +91,32 @@ def test_commands_that_are_run_elsewhere_are() -> None:
     for words, place in ELSEWHERE.items():
         assert any(line.startswith(words) for name in TOLD_FIRST for line in commands(name)), words
         assert words.removeprefix("python -m ").split()[0].split(".")[0] in (ROOT / place).read_text(), place
+
+
+CHEAP = ("openssl", *(f"python cli.py {name} " for name in
+         ("lineage", "verify", "ship", "install", "bundles", "estimate", "doctor", "configure")))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOLD_FIRST)
+def test_what_costs_little_is_run_on_a_tiny_bundle(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process; the slow test below runs every command on the bundle that `make run` made."""
+    write_artifacts(tmp_path / "artifacts")
+    shutil.copyfile(ROOT / "params.yaml", tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    keys = [line for line in commands("docs/QUICKSTART.md") if line.startswith("openssl")]
+    lines = [line for line in told(name) if f"{line} ".startswith(CHEAP)]
+    assert len(lines) >= 5
+    for line in dict.fromkeys([*keys, *lines]):
+        words = shlex.split(line)
+        if words[0] == "openssl":
+            subprocess.run(words, check=True, capture_output=True)
+            continue
+        monkeypatch.setattr("sys.argv", words[1:])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code in (0, None), f"{line}\n{capsys.readouterr().err}"
 
 
 def write_inputs(folder: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,26 @@ def test_the_same_inputs_give_the_same_bytes(workspace: Workspace) -> None:
     first = write_report_page(workspace).read_bytes()
     assert write_report_page(workspace).read_bytes() == first
     assert not list(workspace.reports.glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_has_nothing_to_complain_of(workspace: Workspace, tmp_path: Path, width: int) -> None:
+    """Chromium logs nothing to the console, and the page is no wider than the window."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    page_file = write_report_page(workspace)
+    probe = "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script></body>"
+    page_file.write_text(page_file.read_text().replace("</body>", probe))
+    done = subprocess.run(
+        [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom",
+         f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", page_file.as_uri()],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    wide, window = (int(word) for word in re.findall(r"<title>(\d+) of (\d+)</title>", done.stdout)[0])
+    assert wide <= window
 
 
 def test_the_page_tells_what_was_measured(workspace: Workspace) -> None:
