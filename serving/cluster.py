@@ -109,7 +109,6 @@ def connect(cluster: str | None, *, cpus: float) -> None:
             namespace=NAMESPACE,
             log_to_driver=False,
             object_store_memory=_OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",  # nobody else may ask
         )
     else:
         ray.init(address=cluster, namespace=NAMESPACE, log_to_driver=False)
