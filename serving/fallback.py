@@ -100,6 +100,10 @@ class Breaker:
         self._probing = False
         self._until = time.monotonic() + self._pause * random.uniform(0.8, 1.2)
 
+    def may_be_back(self) -> None:
+        """Somebody else says so: the next caller is the probe."""
+        self._until = 0.0
+
     def released(self) -> None:
         """The call ended without telling anything about the runtime."""
         self._probing = False

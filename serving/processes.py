@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Worker:
         self.refused = 0
         self.precision = ""
         self.fallback: Fallback | None = None  # when its engine stands in for another
+        self.on_ready: Callable[[], None] = lambda: None
         self._max_waiting = max_waiting
         self._arguments = [role, str(bundle)]
         self._details = json.dumps({"engine": engine, "options": dict(options or {})})
@@ -109,6 +110,7 @@ class Worker:
                 header, _ = await receive(reader)
                 self.precision, self.fallback = header["precision"], _fallback(header["fallback"])
                 self._ready.set()
+                self.on_ready()
                 LOG.info("the %s worker is ready", self.role)
                 pause = _FIRST_PAUSE_S
                 await self._read(reader)

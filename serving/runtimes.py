@@ -74,6 +74,8 @@ class Runtimes:
                 options=settings.vllm_options,
             )
         self.breakers = {name: Breaker(f"the {name} worker") for name in ("ranker", "slates")}
+        for name, worker in self.workers.items():
+            worker.on_ready = self.breakers[name].may_be_back
 
     @property
     def ready(self) -> bool:
