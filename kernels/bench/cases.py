@@ -44,6 +44,8 @@ def checks(kernels: list[str], *, small: bool = False) -> Iterator[Case]:
             entry = next((e for e in ("gated", "tma") if name.endswith(e)), "pointer")
             lengths, targets = ([0, 1, 70], [0, 1, 20]) if small else (_LENGTHS, _TARGETS)
             make = partial(_attention, dtype, lengths, targets, width, biased, entry)
+            if name.endswith("-padded"):
+                make = partial(_padded, dtype, lengths, width)
         elif "-decode-" in name:
             make = partial(_decode, dtype, _PAGED[:3] if small else _PAGED, width, biased)
         elif "-extend-" in name:
@@ -75,6 +77,10 @@ def _attention(dtype: str, lengths: list[int], targets: list[int], width: int, b
     return problems.attention(
         device, dtype, lengths, 2, width, targets=targets, biased=biased, entry=entry, seed=seed
     )  # fmt: skip
+
+
+def _padded(dtype: str, lengths: list[int], width: int, device: torch.device, seed: int) -> Problem:
+    return problems.padded(device, dtype, lengths, 2, width, seed=seed)
 
 
 def _decode(dtype: str, lengths: list[int], width: int, biased: bool, device: torch.device, seed: int) -> Problem:

@@ -15,6 +15,7 @@ from kernels import eager
 from kernels.bench import meta
 from kernels.embedding_bag import op as bag_op
 from kernels.hstu_attention import op as attention_op
+from kernels.hstu_attention.variants import EPSILON
 from kernels.interaction import op as interaction_op
 from kernels.interaction.variants import num_pairs
 from kernels.paged_hstu_attention import op as paged_op
@@ -90,6 +91,41 @@ def attention(
         problem.rivals["meta_triton"] = meta.attention(q, k, v, offsets, longest, max_length)
         problem.same = ("meta_triton",)
     return problem
+
+
+def padded(
+    device: torch.device, dtype: str, lengths: Sequence[int], heads: int, width: int, *, seed: int = 0
+) -> Problem:  # fmt: skip
+    """Gated attention over padded histories, as the plugin calls it: padding is NaN, and its answer zero."""
+    g, users, longest = _generator(seed, device), len(lengths), max(lengths) + 7
+    max_length = longest + 3
+    uvqk = torch.randn((users, longest, 4 * heads * width), generator=g, device=device).to(DTYPES[dtype])
+    inside = torch.arange(longest, device=device)[None, :] < torch.tensor(lengths, device=device)[:, None]
+    uvqk[~inside] = float("nan")
+    times = torch.randint(0, 2**40, (users, longest), generator=g, device=device)
+    next_times = torch.randint(0, 2**40, (users, longest), generator=g, device=device)
+    bias = attention_op.RelativeBias(
+        position_bias=torch.randn(2 * max_length - 1, generator=g, device=device),
+        time_bias=torch.randn(129, generator=g, device=device),
+        bucket_edges=attention_op.bucket_edges(EDGES, device), times=times[inside], next_times=next_times[inside],
+    )  # fmt: skip
+    out = torch.full((users, longest, heads * width), float("nan"), dtype=DTYPES[dtype], device=device)
+    launch = attention_op.padded_launch(
+        uvqk, times, next_times, torch.tensor(lengths, device=device), bias.position_bias, bias.time_bias,
+        bias.bucket_edges, out, heads=heads, max_length=max_length,
+    )  # fmt: skip
+
+    def truth() -> Tensor:
+        u, v, q, k = (x.unflatten(1, (heads, width)) for x in uvqk[inside].double().split(heads * width, 1))
+        offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], device=device)
+        no_targets = torch.zeros(users, dtype=torch.int64, device=device)
+        answer = torch.zeros(out.shape, dtype=torch.float64, device=device)
+        gated = eager.gate(u, eager.attention(q, k, v, offsets, no_targets, max_length, bias), EPSILON)
+        answer[inside] = gated.flatten(1)
+        return answer
+
+    pairs = sum(n * (n + 1) / 2 for n in lengths)
+    return Problem(launches=[launch], out=out, truth=truth, flops=4 * heads * width * pairs, bytes=_nbytes(uvqk, out))
 
 
 def _dense_rivals(

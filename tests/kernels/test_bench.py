@@ -105,12 +105,14 @@ def test_the_plan_has_every_task_once_and_ceilings_first() -> None:
     assert list(dict.fromkeys(key[0] for key in keys)) == list(tasks.SECTIONS)
 
 
-@pytest.mark.parametrize("kernel", ["hstu_attention-fp32-d32-bias-gated", "paged_hstu_attention-extend-fp32-d32-bias",
+@pytest.mark.parametrize("kernel", ["hstu_attention-fp32-d32-bias-gated", "hstu_attention-fp32-d32-bias-padded",
+                                    "paged_hstu_attention-extend-fp32-d32-bias",
                                     "paged_hstu_attention-reduce-fp32-d32", "paged_hstu_attention-write-fp16-d32",
                                     "uvqk_silu-int8-fp16", "embedding_bag-fp32-d128"])  # fmt: skip
 def test_check_problems_have_poison_and_a_finite_truth(kernel: str) -> None:
     (case,) = cases.checks([kernel])
     problem = case.make(CPU, 0)
+    assert problem.launches[-1].kernel == kernel
     truth = problem.truth()
     assert truth.shape == problem.out.shape
     assert bool(truth.isfinite().all())
@@ -128,14 +130,14 @@ def run_bench(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProces
 
 
 def test_interpreted_checks_pass_and_are_reported(tmp_path: Path) -> None:
-    only = "embedding_bag|hstu_attention-fp32-d32-bias$|reduce-fp16"
+    only = "embedding_bag|hstu_attention-fp32-d32-bias(-padded)?$|reduce-fp16"
     done, report = run_bench(tmp_path, "--interpret", "--only", only, "--seconds", "500")
     assert done.returncode == 0, done.stderr
     assert report["finished"]
     assert report["device"]["device"] == "interpreter"
-    assert len(report["checks"]) == 4
+    assert len(report["checks"]) == 5
     assert all(check["ok"] for check in report["checks"].values())
-    assert "checks passed: 4 of 4" in done.stderr
+    assert "checks passed: 5 of 5" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
