@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from serving.vllm_plugin.constraints import LISTS, SWITCHES
+
 MAX_BODY_BYTES = 16 << 20
 MAX_SLATES = 256  # prompts of one request, and slates of one prompt
 _INT64 = 2**63
@@ -84,12 +86,8 @@ def _is_stream_options(value: Any) -> bool:
     return isinstance(value, dict) and set(value) <= known and all(type(v) is bool for v in value.values())
 
 
-def _is_arguments(value: Any) -> bool:
-    plain = (str, int, float, bool)
-    return isinstance(value, dict) and all(
-        isinstance(v, plain) or (isinstance(v, list) and all(isinstance(one, plain) for one in v))
-        for v in value.values()
-    )
+def _is_constraint(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) <= set(LISTS + SWITCHES)
 
 
 _FLAG: tuple[Check, str] = ((lambda v: type(v) is bool), "true or false")
@@ -128,7 +126,7 @@ DOORS: Mapping[str, Mapping[str, tuple[Check, str]]] = {
         "ignore_eos": _FLAG,
         "return_token_ids": _FLAG,
         "return_tokens_as_token_ids": _FLAG,
-        "vllm_xargs": (_is_arguments, "an object of texts, numbers and lists of them"),
+        "vllm_xargs": (_is_constraint, f"an object of {', '.join(LISTS + SWITCHES)}"),
     },
     "/v1/embeddings": _EMBEDDING,
     "/pooling": _EMBEDDING | {"task": _one_of("embed", "plugin"), "data": (lambda _: True, "")},

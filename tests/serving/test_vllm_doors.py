@@ -82,6 +82,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"prompt": [3], "max_tokens": 0}, "max_tokens"),
     ("/v1/completions", {"prompt": [3], "temperature": True}, "temperature"),
     ("/v1/completions", {"prompt": [3], "min_tokens": False}, "min_tokens"),
+    ("/v1/completions", {"prompt": [3], "vllm_xargs": {"kv_transfer_params": 3}}, "vllm_xargs"),
     ("/v1/completions", {"prompt": [3], "repetition_penalty": 1.5}, "repetition_penalty"),
     ("/v1/completions", {"prompt": [3], "exclude_history": True}, "exclude_history"),
     ("/v1/completions", {"prompt_embeds": "AAAA"}, "prompt_embeds"),
