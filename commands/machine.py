@@ -122,3 +122,16 @@ def reference(settings: Settings) -> None:
     from stages.cli_reference import render_reference
 
     print(render_reference(typer.main.get_command(app)), end="")  # type: ignore[arg-type]
+
+
+@command("generation")
+def generation(
+    settings: Settings,
+    part: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Parts to measure (default: all).")] = None,
+    again: Annotated[bool, typer.Option(help="Also the parts that are measured already.")] = False,
+) -> None:
+    """Measure vLLM's slates, cached users, beams and start beside ideal PyTorch loops; write generation.json."""
+    from stages.generation import measure
+
+    report = measure.run(settings.reports, part or (), again=again)
+    settings.show(measure.rows(report), measure.text_table(report))

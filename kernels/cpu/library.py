@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import subprocess
-import tempfile
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from kernels.cpu import compiler as cpp
 from kernels.cpu.cache import digest, files_of
+from kernels.cpu.compiler import compiler_version as compiler_version
 from kernels.errors import KernelError as KernelError
 
 Array = npt.NDArray[Any]
@@ -29,21 +28,14 @@ OPERATIONS = "libhstu_openvino.so"  # OpenVINO operations around the kernels, fo
 VERSION = 2
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # hstu::Type of runtime.h
 
-_KERNELS = Path(__file__).parents[1]
 _FOLDERS = ("cpu", "hstu_attention", "item_head")
-_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
 _UNITS: dict[str, tuple[str, ...]] = {  # translation unit → the instructions it may use
-    "avx2": ("-mavx2", "-mfma"),
-    "avx512": _AVX512,
-    "avx512_bf16": (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
+    "avx2": cpp.AVX2,
+    "avx512": cpp.AVX512,
+    "avx512_bf16": (*cpp.AVX512, "-mavx512bf16", "-mavx512vnni"),
     "dispatch": (),
     "openvino_ops": (),
 }
-# Contraction is spelled out in the sources, so that every row is computed alike. GCC 12 warns of its own headers.
-_FLAGS = (
-    "-std=c++20", "-O3", "-fPIC", "-DNDEBUG", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
-    "-fno-ident", "-Wall", "-Wextra", "-Werror", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-I", ".",
-)  # fmt: skip
 
 
 def openvino_folder() -> Path:
@@ -54,31 +46,21 @@ def openvino_folder() -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def compiler_version(compiler: str = "g++") -> str:
-    """The first line of `g++ --version`; KernelError when there is no such compiler."""
-    return _run([compiler, "--version"], Path.cwd()).splitlines()[0]
-
-
 def build(folder: Path, *, compiler: str = "g++", cache: Path | None = None) -> Path:
     """`folder` holds libhstu_cpu.so, whose path is returned, and libhstu_openvino.so.
 
     The same compiler makes the same bytes; with `cache` (`kernels.cpu.cache`) it makes them once. Raises KernelError
     with its own words when it is missing or refuses.
     """
-    sources = {
-        f"{part}/{path.name}": path.read_bytes()
-        for part in _FOLDERS
-        for path in sorted((_KERNELS / part).iterdir())
-        if path.suffix in (".h", ".cpp")
-    }
+    sources = cpp.sources_of(*_FOLDERS)
     if cache is None:
         files = _compile(sources, compiler)
     else:
         openvino_folder()  # says what is missing
         made_by = {
-            "compiler": _run([compiler, "--version"], Path.cwd()),
+            "compiler": cpp.run([compiler, "--version"], Path.cwd()),
             "openvino": metadata.version("openvino"),
-            "commands": repr((_FLAGS, _UNITS)),
+            "commands": repr((cpp.FLAGS, _UNITS)),
         }
         key = digest({**sources, **{name: value.encode() for name, value in made_by.items()}})
         files = files_of(cache, key, lambda: _compile(sources, compiler))
@@ -90,39 +72,20 @@ def build(folder: Path, *, compiler: str = "g++", cache: Path | None = None) -> 
 def _compile(sources: Mapping[str, bytes], compiler: str) -> Mapping[str, bytes]:
     """Both libraries by name."""
     openvino = openvino_folder()
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        for name, content in sources.items():
-            (work / name).parent.mkdir(exist_ok=True)
-            (work / name).write_bytes(content)
-        headers = ("-isystem", str(openvino / "include"), f"-ffile-prefix-map={openvino}=openvino")
-        units = [
-            [compiler, *_FLAGS, *flags, *(() if flags else headers), "-c", f"cpu/{unit}.cpp", "-o", f"{unit}.o"]
-            for unit, flags in _UNITS.items()
-        ]
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda command: _run(command, work), units))
+    headers = ("-isystem", str(openvino / "include"), f"-ffile-prefix-map={openvino}=openvino")
+    units = {unit: flags or headers for unit, flags in _UNITS.items()}
+    with cpp.objects(sources, units, "cpu", compiler) as work:
         openvino_library = next((openvino / "libs").glob("libopenvino.so.*")).name
         for library, parts, needed in (
             (LIBRARY, [unit for unit in _UNITS if unit != "openvino_ops"], "libtbb.so.12"),
             (OPERATIONS, ["openvino_ops"], openvino_library),
         ):
-            link = ["-L", str(openvino / "libs"), f"-l:{needed}", "-Wl,--build-id=none", "-Wl,-O1", "-s"]
-            _run([compiler, "-shared", "-o", library, *(f"{unit}.o" for unit in parts), *link], work)
+            link = ["-L", str(openvino / "libs"), f"-l:{needed}", *cpp.LINK]
+            cpp.run([compiler, "-shared", "-o", library, *(f"{unit}.o" for unit in parts), *link], work)
         return {library: (work / library).read_bytes() for library in (LIBRARY, OPERATIONS)}
 
 
-def _run(command: Sequence[str], cwd: Path) -> str:
-    try:
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise KernelError(f"there is no {command[0]} here: install a C++20 compiler (g++ 12 or newer)") from None
-    if done.returncode:
-        raise KernelError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
-    return done.stdout
-
-
-class Library:
+class Library(cpp.Isa):
     """The kernels in this process; `functions` are the C functions, which release Python's lock."""
 
     def __init__(self, path: Path, call_bytes: int) -> None:
@@ -131,7 +94,6 @@ class Library:
             self.functions = ctypes.CDLL(str(path))
         except OSError as error:
             raise KernelError(f"{path}: the CPU kernels cannot be loaded ({error})") from None
-        self.functions.hstu_cpu_isa.restype = ctypes.c_char_p
         self.functions.hstu_cpu_call_bytes.restype = ctypes.c_int64
         self.functions.hstu_attention.restype = ctypes.c_char_p
         self.functions.hstu_item_head_bytes.restype = ctypes.c_int64
@@ -144,18 +106,7 @@ class Library:
             raise KernelError(
                 f"{path}: CPU kernels of another version {found}, this code wants {(VERSION, call_bytes)}"
             )
-        if not self.isa:
-            raise KernelError("this CPU lacks AVX2 and FMA, which the CPU kernels need")
-
-    @property
-    def isa(self) -> str:
-        """The instruction set in use."""
-        return self.functions.hstu_cpu_isa().decode()  # type: ignore[no-any-return]
-
-    def limit_isa(self, isa: Isa) -> None:
-        """From now on, in the whole process, at most `isa` is used; KernelError when this CPU lacks it."""
-        if not self.functions.hstu_cpu_limit_isa(isa.encode()):
-            raise KernelError(f"this CPU has no {isa} (it has {self.isa})")
+        super().__init__(self.functions, "hstu_cpu", "the CPU kernels")
 
 
 def address(array: Array, dtype: type[np.generic] | np.dtype[Any]) -> int:

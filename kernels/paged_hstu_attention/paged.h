@@ -53,12 +53,19 @@ struct Paged {
             Simd::store(out + i, silu<false>(Simd::load(in + i, min(kLanes, n - i))), min(kLanes, n - i));
     }
 
-    // Keys of one block of a head across the lanes, [panel][dimension][key], then its values [key][v_lanes].
+    // Keys of one block of a head across the lanes, [panel][dimension][key], then its values [key][v_lanes]. Pages are
+    // anywhere in memory, which no prefetcher follows: those of the block after this one are fetched meanwhile.
     void pack(int64_t request, int64_t head, int64_t block, int64_t seen, float* out, float* rows) const {
         const int64_t begin = block * kBlock, count = min(kBlock, seen - begin);
+        const int64_t next_head = begin + kBlock < seen ? head : head + 1, next = begin + kBlock < seen ? begin + kBlock : 0;
         for (int64_t key = 0; key < count; key += kLanes) {
             const int64_t real = min(kLanes, count - key), event = begin + key;
             const T* in = in_page(page_of(request, event), head, event % call.block);
+            if (next_head < heads && next + key < seen) {
+                const T* ahead = in_page(page_of(request, next + key), next_head, (next + key) % call.block);
+                const int64_t bytes = min(kLanes, seen - next - key) * width * static_cast<int64_t>(sizeof(T));
+                for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(ahead) + at);
+            }
             for (int64_t i = 0; i < real; ++i) {
                 copy(in + i * width, dqk, rows + i * k_stride);
                 copy(in + i * width + dqk, dv, out + key_floats + (key + i) * v_lanes);

@@ -3,8 +3,9 @@
     o_i = Σ_{j <= i} SiLU(q_i · k_j + position_bias[j - i] + time_bias[bucket(t_{i+1} - t_j)]) / N · v_j
 
 The metadata builder plans a step of the scheduler once, for all layers: for the bundle's own kernel
-(`serving.vllm_plugin.kernel`), or, where that is not there, for PyTorch. In PyTorch requests of similar shape are
-attended together, padded: there is no softmax, so padding and pages in any order simply add nothing.
+(`serving.vllm_plugin.kernel`), for the paged ops that GPU kernels stand behind (`serving.vllm_plugin.paged_ops`), or,
+where neither is there, for PyTorch. In PyTorch requests of similar shape are attended together, padded: there is no
+softmax, so padding and pages in any order simply add nothing.
 """
 
 # ruff: noqa: ARG002, ARG004 — the signatures are vLLM's
@@ -31,7 +32,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from hstu.time_buckets import time_buckets
-from serving.vllm_plugin.kernel import KernelPlan, PagedKernel, open_kernel
+from serving.vllm_plugin.kernel import KernelPlan, PagedKernel, choose_attention
+from serving.vllm_plugin.paged_ops import OpsPlan, write
 
 PADDING = 1.25  # a group may be this many times larger than what is real in it
 HIDDEN = -1e30  # a bias that hides an event: SiLU of it is 0 exactly, whatever the score
@@ -69,7 +71,8 @@ class HSTUMetadata(AttentionMetadata):  # type: ignore[misc]
 
     request int64 [T]: which request a row is of; first int64 [R]: a request's first row in the step;
     context int64 [R]: its events before that; previous_slot int64 [R]: the slot of the last of them.
-    num_new int64 [R]; table int32 [R, pages]. `kernel` is the kernel's plan, `groups` is PyTorch's.
+    num_new int64 [R]; table int32 [R, pages]. `kernel`, `ops` and `groups` are the plans of those
+    that may attend; one of them is there.
     """
 
     slots: Tensor
@@ -80,6 +83,7 @@ class HSTUMetadata(AttentionMetadata):  # type: ignore[misc]
     num_new: Tensor
     table: Tensor
     kernel: KernelPlan | None
+    ops: OpsPlan | None
     groups: list[Group]
     block_size: int
 
@@ -87,6 +91,8 @@ class HSTUMetadata(AttentionMetadata):  # type: ignore[misc]
         """Time buckets of every group from the times [number of slots] by slot and next_times [T] by row."""
         if self.kernel is not None:
             self.kernel.set_times(times, next_times)
+        if self.ops is not None:
+            self.ops.set_times(times, next_times)
         by_page = times.view(-1, self.block_size)
         for group in self.groups:
             if group.pages is None:
@@ -109,7 +115,7 @@ class HSTUMetadataBuilder(AttentionMetadataBuilder[HSTUMetadata]):  # type: igno
         self.num_heads = kv_cache_spec.num_kv_heads
         self.block_size = kv_cache_spec.block_size
         self.max_length = vllm_config.model_config.hf_config.shape.max_length
-        self.kernel: PagedKernel | None = open_kernel(vllm_config)
+        self.attends = choose_attention(vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -125,15 +131,18 @@ class HSTUMetadataBuilder(AttentionMetadataBuilder[HSTUMetadata]):  # type: igno
         table, last = common.block_table_tensor[: len(num_new)], (context - 1).clamp(min=0)
         page = table.gather(1, (last // self.block_size).unsqueeze(1)).squeeze(1).long()
         slots = common.slot_mapping[: common.num_actual_tokens].long().clamp(min=0)
-        kernel, groups = None, []
-        if self.kernel is None:
+        kernel, ops, groups = None, None, []
+        if isinstance(self.attends, PagedKernel):
+            kernel = KernelPlan(self.attends, slots, first, num_new, context, table, self.block_size)
+        elif self.attends == "ops":
+            longest = {"longest_new": int(num_new.max()), "longest": int(lengths.max())}
+            ops = OpsPlan(slots, first, num_new, context, table, max_length=self.max_length, **longest)
+        else:
             new, seen = num_new.tolist(), lengths.tolist()
             groups = [
                 self._group(members, new, seen, first, context, table)
                 for members in group_requests(new, seen, self.num_heads)
             ]
-        else:
-            kernel = KernelPlan(self.kernel, slots, first, num_new, context, table, self.block_size)
         return HSTUMetadata(
             slots=slots,
             request=torch.repeat_interleave(num_new.to(device)),
@@ -143,6 +152,7 @@ class HSTUMetadataBuilder(AttentionMetadataBuilder[HSTUMetadata]):  # type: igno
             num_new=num_new,
             table=table,
             kernel=kernel,
+            ops=ops,
             groups=groups,
             block_size=self.block_size,
         )
@@ -238,6 +248,9 @@ class HSTUAttentionImpl(AttentionImpl[HSTUMetadata]):  # type: ignore[misc]
         self, layer: AttentionLayer, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """Keys [T, H, dqk] and values [T, H, dv] stand in the pages [blocks, H, block, dqk + dv] at their slots."""
+        if kv_cache.is_cuda and kv_cache.shape[-1] == 2 * key.shape[-1]:
+            write(key[: len(slot_mapping)], value[: len(slot_mapping)], kv_cache, slot_mapping.long())
+            return
         slots = slot_mapping.long().clamp(min=0).unsqueeze(1)
         _, heads, block_size, width = kv_cache.shape
         head = torch.arange(heads, device=slots.device)
@@ -260,6 +273,12 @@ class HSTUAttentionImpl(AttentionImpl[HSTUMetadata]):  # type: ignore[misc]
         """Write Σ SiLU(q·k + bias) / N · v into `output` [T, H, dv]; zeros when vLLM only measures memory."""
         if attn_metadata is None:
             return output.zero_()
+        if attn_metadata.ops is not None:
+            rows = len(attn_metadata.slots)
+            output[:rows] = attn_metadata.ops.attend(
+                query[:rows], key[:rows], value[:rows], kv_cache, self.position_bias, self.time_bias
+            )
+            return output
         position_bias = F.pad(self.position_bias, (0, 1), value=HIDDEN)
         for group in attn_metadata.groups:
             attended = self._attend(group, query, key, value, kv_cache, position_bias).to(output.dtype).flatten(0, 1)

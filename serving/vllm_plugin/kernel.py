@@ -1,7 +1,8 @@
-"""The bundle's paged attention kernel behind vLLM's step plan, or the reason why PyTorch attends instead.
+"""Who attends in vLLM, and the bundle's paged attention kernel behind vLLM's step plan.
 
 A bundle holds `runtime/libhstu_paged.so`, compiled when it was packed. Which of the two attends is said in the log at
-every start; `additional_config={"hstu_attention": "kernel"}` (or "torch") asks for one by name.
+every start; `additional_config={"hstu_attention": "kernel"}` (or "ops", "torch") asks for one by name. On a GPU the
+paged ops attend where `hstu_gpu_kernels` names what build-kernels made.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +19,10 @@ from vllm.logger import init_logger
 
 from hstu.config import LAYER_NORM_EPS, HSTUConfig
 from hstu.time_buckets import THRESHOLDS
-from kernels.cpu.library import KernelError
+from kernels import ops
+from kernels.errors import KernelError
 from kernels.paged_hstu_attention.cpu import LIBRARY, PagedCall, PagedLibrary, openmp_region
+from serving.vllm_plugin import paged_ops
 
 RUNTIME_FOLDER = "runtime"  # of a bundle
 OPTION = "hstu_attention"
@@ -50,32 +53,46 @@ def _open(path: Path) -> PagedKernel:
     return PagedKernel(path)
 
 
-def open_kernel(vllm_config: VllmConfig) -> PagedKernel | None:
-    """The kernel of the served folder, None when PyTorch is to attend; ValueError when one asked for is not here."""
-    asked = (vllm_config.additional_config or {}).get(OPTION, "auto")
-    if asked not in ("auto", "kernel", "torch"):
-        raise ValueError(f"additional_config: {OPTION} is {asked!r}, expected auto, kernel or torch")
+def choose_attention(vllm_config: VllmConfig) -> PagedKernel | Literal["ops", "torch"]:
+    """Who attends: the served folder's kernel, the paged ops, or PyTorch; ValueError when one asked for cannot."""
+    options = vllm_config.additional_config or {}
+    asked = options.get(OPTION, "auto")
+    if asked not in ("auto", "kernel", "ops", "torch"):
+        raise ValueError(f"additional_config: {OPTION} is {asked!r}, expected auto, kernel, ops or torch")
     if asked == "torch":
         logger.info_once("HSTU attention: PyTorch, as asked for")
-        return None
-    path = Path(vllm_config.model_config.model) / RUNTIME_FOLDER / LIBRARY
-    why = ""
-    if vllm_config.device_config.device_type != "cpu":
-        why = "the kernel is for the CPU"
-    elif not path.is_file():
-        why = f"there is no {path}"
+        return "torch"
+    device = vllm_config.device_config.device_type
+    if asked == "ops" or (asked == "auto" and device != "cpu"):
+        shape = vllm_config.model_config.hf_config.shape
+        why = paged_ops.why_not(device, options.get(paged_ops.GPU_KERNELS), qk_dim=shape.qk_dim, v_dim=shape.v_dim)
+        if not why:
+            if device != "cpu":
+                ops.use(Path(options[paged_ops.GPU_KERNELS]))
+            logger.info_once("HSTU attention: paged ops on %s", device)
+            return "ops"
     else:
-        try:
-            kernel = _open(path)
-        except KernelError as error:
-            why = str(error)
-        else:
+        kernel = _open_kernel(Path(vllm_config.model_config.model) / RUNTIME_FOLDER / LIBRARY, device)
+        if isinstance(kernel, PagedKernel):
             logger.info_once("HSTU attention: fused kernel (%s)", kernel.library.isa)
             return kernel
-    if asked == "kernel":
-        raise ValueError(f"{OPTION} is 'kernel', and it cannot be had: {why}; pass 'auto' or bundle again")
-    logger.warning_once("HSTU attention: PyTorch, several times slower than the bundle's kernel, since %s", why)
-    return None
+        why = kernel
+    if asked != "auto":
+        raise ValueError(f"{OPTION} is {asked!r}, and it cannot be had: {why}; pass 'auto' or bundle again")
+    logger.warning_once("HSTU attention: PyTorch, several times slower than a kernel, since %s", why)
+    return "torch"
+
+
+def _open_kernel(path: Path, device: str) -> PagedKernel | str:
+    """The CPU kernel, or why there is none."""
+    if device != "cpu":
+        return "the kernel is for the CPU"
+    if not path.is_file():
+        return f"there is no {path}"
+    try:
+        return _open(path)
+    except KernelError as error:
+        return str(error)
 
 
 class KernelPlan:

@@ -43,11 +43,11 @@ def encode_records(
     times: npt.NDArray[np.int64],
     next_times: npt.NDArray[np.int64],
 ) -> Tensor:
-    """Rows float32 [L, RECORD_WIDTH] of L events: every argument is int64 [L]."""
+    """Rows uint8 [L, RECORD_WIDTH] of L events, whose values floats hold too; every argument is int64 [L]."""
     records = np.zeros(len(item_ids), dtype=_LAYOUT)
     records["item"], records["kind"], records["action"] = item_ids, EVENT, actions
     records["time"], records["next_time"] = times, next_times
-    return torch.from_numpy(records.view(np.uint8).reshape(-1, RECORD_WIDTH)).float()
+    return torch.from_numpy(records.view(np.uint8).reshape(-1, RECORD_WIDTH))
 
 
 def encode_items(item_ids: Tensor, *, dtype: torch.dtype) -> Tensor:
@@ -77,19 +77,24 @@ def decode_records(rows: Tensor) -> Events:
 
 def check_records(rows: Tensor, config: HSTUConfig) -> list[int]:
     """The items of `rows` [L, RECORD_WIDTH]; InputError unless the model can take them."""
-    if rows.dim() != 2 or rows.shape[1] != RECORD_WIDTH or not rows.is_floating_point():
+    if rows.dim() != 2 or rows.shape[1] != RECORD_WIDTH or not (rows.is_floating_point() or rows.dtype == torch.uint8):
         raise InputError(
-            "not rows of records", got=f"{rows.dtype} {list(rows.shape)}", expected=f"floats [L, {RECORD_WIDTH}]"
+            "not rows of records",
+            got=f"{rows.dtype} {list(rows.shape)}",
+            expected=f"floats or bytes [L, {RECORD_WIDTH}]",
         )
     if not 1 <= len(rows) <= config.max_history:
         raise InputError(
             "the history has too few or too many events", got=len(rows), expected=f"1..{config.max_history}"
         )
-    channels = rows.float().numpy()
-    with np.errstate(invalid="ignore"):
-        values = channels.astype(np.uint8)
-    if not np.array_equal(values, channels):
-        raise InputError("not records: a channel is not a byte", expected="whole numbers 0..255")
+    if rows.dtype == torch.uint8:
+        values = rows.numpy()
+    else:
+        channels = rows.float().numpy()
+        with np.errstate(invalid="ignore"):
+            values = channels.astype(np.uint8)
+        if not np.array_equal(values, channels):
+            raise InputError("not records: a channel is not a byte", expected="whole numbers 0..255")
     records = np.ascontiguousarray(values).view(_LAYOUT)[:, 0]
     _check(records["kind"] == EVENT, records["kind"], "records of another kind", f"{EVENT}")
     items = records["item"]
@@ -108,9 +113,14 @@ def _check(right: npt.NDArray[np.bool_], values: npt.NDArray[np.generic], what: 
 
 
 def records_from_histories(histories: Histories, config: HSTUConfig) -> list[Tensor]:
-    """One prompt of rows float32 [length, RECORD_WIDTH] a user; InputError when a history is empty or too long."""
+    """One prompt of rows uint8 [length, RECORD_WIDTH] a user; InputError when a history is empty or too long.
+
+    Over HTTP vLLM takes rows of floats alone: `.float()`.
+    """
     lengths = histories.lengths
-    if len(lengths) and not (lengths.min() >= 1 and lengths.max() <= config.max_history):
+    if not len(lengths):
+        return []
+    if not (lengths.min() >= 1 and lengths.max() <= config.max_history):
         wrong = int(np.argmax((lengths < 1) | (lengths > config.max_history)))
         raise InputError(
             f"history {wrong} cannot be served",
@@ -118,12 +128,10 @@ def records_from_histories(histories: Histories, config: HSTUConfig) -> list[Ten
             expected=f"1..{config.max_history}",
             fix="keep the newest events of a long history; answer a user without events by popularity",
         )
-    query_time = histories.feeds(config, length=max(1, int(lengths.max(initial=0))))["query_time"]
-    prompts = []
-    for row in range(len(histories)):
-        events = slice(int(histories.offsets[row]), int(histories.offsets[row + 1]))
-        times = histories.timestamps[events]
-        next_times = np.append(times[1:], query_time[row])
-        actions = histories.actions[events] if config.num_actions else np.zeros_like(times)
-        prompts.append(encode_records(histories.item_ids[events], actions, times, next_times))
-    return prompts
+    times, last = histories.timestamps, histories.offsets[1:] - 1
+    next_times = np.empty_like(times)
+    next_times[:-1] = times[1:]
+    next_times[last] = histories.feeds(config, length=int(lengths.max()))["query_time"]
+    actions = histories.actions if config.num_actions else np.zeros_like(times)
+    rows = encode_records(histories.item_ids, actions, times, next_times)
+    return list(rows.split(lengths.tolist()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.hf import HfRenderer
@@ -61,6 +62,7 @@ class HSTURenderer(HfRenderer):  # type: ignore[misc]
             items = check_records(processed["prompt_embeds"], self.shape)
         except InputError as error:
             raise VLLMValidationError(str(error), parameter="prompt_embeds") from None
+        processed["prompt_embeds"] = processed["prompt_embeds"].to(torch.uint8)  # one key in the prefix cache
         # The items beside the records are for the slate constraint; none of them is run through the model.
         processed["prompt_token_ids"], processed["is_token_ids"] = items, [False] * len(items)
         return processed

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import warnings
 import weakref
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +33,7 @@ from serving.vllm_plugin import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from vllm import LLM
+    from vllm.inputs.engine import EmbedsInput
 
 Array = npt.NDArray[Any]
 Runner = Literal["pooling", "generate"]
@@ -114,8 +116,11 @@ class VllmRuntime:
         """User embeddings float32 [B, D], L2 norm 1."""
         if not len(histories):
             return np.zeros((0, self.config.embedding_dim), dtype=np.float32)
+        from vllm import PoolingParams
+
+        prompts = self._prompts(histories)
         with self._lock:
-            outputs = self._engine("pooling").encode(self._prompts(histories), pooling_task="embed", use_tqdm=False)
+            outputs = self._run("pooling", prompts, [PoolingParams(task="embed")] * len(prompts))
         return torch.stack([output.outputs.data for output in outputs]).numpy()  # type: ignore[no-any-return]
 
     def retrieve(self, histories: Histories, k: int) -> tuple[Array, Array, Array]:
@@ -154,6 +159,7 @@ class VllmRuntime:
     def _generated(self, histories: Histories, slate: Slate) -> Slates:
         """Greedy slates by vLLM's own decoding: all users' next items in one step."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         extra: dict[str, Any] = {"exclude_history": slate.exclude_history, "allow_repeats": slate.allow_repeats}
         if slate.deny_items:
@@ -167,12 +173,13 @@ class VllmRuntime:
             detokenize=False,
             ignore_eos=True,
             extra_args=extra,
+            output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # nothing here changes it; a deep copy for every user costs more than its decoding
         )
-        engine, prompts = self._engine("generate"), self._prompts(histories)
+        prompts = self._prompts(histories)
         # vLLM ranks the chosen item by a function under torch.compile: seconds of C++ compiling for one comparison.
         with torch.compiler.set_stance("force_eager"):
-            outputs = engine.generate(prompts, sampling, use_tqdm=False)
+            outputs = self._run("generate", prompts, [sampling] * len(prompts))
         slates = [output.outputs[0] for output in outputs]
         scores = [[step[item].logprob for item, step in zip(s.token_ids, s.logprobs, strict=True)] for s in slates]
         return Slates(
@@ -189,20 +196,34 @@ class VllmRuntime:
 
         if self._options.get("tensor_parallel_size", 1) > 1:
             raise InputError("sampled and beam slates need one tensor-parallel rank", got="more", fix="ask for greedy")
-        engine = self._engine("pooling").llm_engine
         width = slate.width if slate.method == "beam" else 1
-        seen = np.split(histories.item_ids, histories.offsets[1:-1])
-        for user, (prompt, items) in enumerate(zip(self._prompts(histories), seen, strict=True)):
+        params = []
+        for user, items in enumerate(np.split(histories.item_ids, histories.offsets[1:-1])):
             options = asdict(replace(slate, seed=slate.seed + user))
             asked = {"k": width, "options": options, "history_items": items.tolist()}
-            params = PoolingParams(task="plugin", skip_reading_prefix_cache=False, extra_kwargs={"slate": asked})
-            engine.add_request(str(user), prompt, params)
-        found: dict[int, Slates] = {}
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if output.finished:
-                    found[int(output.request_id.split("-")[0])] = decode_slates(output.outputs.data)
-        return stack_slates([found[user] for user in range(len(histories))], width)
+            params.append(PoolingParams(task="plugin", skip_reading_prefix_cache=False, extra_kwargs={"slate": asked}))
+        outputs = self._run("pooling", self._prompts(histories), params)
+        return stack_slates([decode_slates(output.outputs.data) for output in outputs], width)
+
+    def _run(self, runner: Runner, prompts: Sequence[EmbedsInput], params: Sequence[Any]) -> list[Any]:
+        """vLLM's output of every prompt, in their order; nothing of them is left in the engine, whatever happens.
+
+        The prompts are `_prompts`'s, which are checked: `LLM.generate` would check each again.
+        """
+        engine = self._engine(runner).llm_engine
+        numbers: dict[str, int] = {}
+        found: list[Any] = [None] * len(prompts)
+        try:
+            for number, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+                numbers[engine.add_request(str(number), prompt, one)] = number
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        found[int(output.request_id)] = output
+        except BaseException:
+            engine.abort_request(list(numbers), internal=True)
+            raise
+        return found
 
     def forget(self) -> None:
         """No page holds anything of an answer before: the next one is computed whole."""
@@ -234,11 +255,21 @@ class VllmRuntime:
                 torch.set_num_threads = set_num_threads
         return self._engines[runner]
 
-    def _prompts(self, histories: Histories) -> list[dict[str, Any]]:
+    def _prompts(self, histories: Histories) -> list[EmbedsInput]:
+        """Prompts as vLLM's renderer would hand them to its engine, the items beside the records."""
+        from vllm.inputs.engine import embeds_input
+
         from serving.vllm_plugin.records import records_from_histories
 
         check_feeds(self.config, "retrieve", histories.feeds(self.config))
-        return [{"prompt_embeds": rows} for rows in records_from_histories(histories, self.config)]
+        prompts = []
+        for rows, items in zip(
+            records_from_histories(histories, self.config),
+            np.split(histories.item_ids, histories.offsets[1:-1]),
+            strict=False,  # of no histories there is one empty part
+        ):
+            prompts.append(embeds_input(rows, prompt_token_ids=items.tolist(), is_token_ids=[False] * len(items)))
+        return prompts
 
     def _item_table(self) -> torch.Tensor:
         """Normalised embeddings float32 [num_items, D] of the real items."""

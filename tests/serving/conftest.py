@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from hstu.checkpoints.huggingface import save_pretrained
+from hstu.data.histories import Histories
 from hstu.model import HSTU
 from kernels.paged_hstu_attention.cpu import build
 from serving.bundle import Bundle
@@ -28,6 +29,13 @@ def write_model_folder(path: Path, model: HSTU) -> Path:
     save_pretrained(model, path)
     write_tokenizer(path, model.config)
     return path
+
+
+def float_prompts(runtime: VllmRuntime, histories: Histories) -> list[dict[str, Any]]:
+    """Prompts as a caller of vLLM's own `generate` and `encode` gives them."""
+    from serving.vllm_plugin.records import records_from_histories
+
+    return [{"prompt_embeds": rows.float()} for rows in records_from_histories(histories, runtime.config)]
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -32,10 +36,13 @@ def _naive(q: Tensor, k: Tensor, v: Tensor, position_bias: Tensor, time_bias: Te
     return out
 
 
+@pytest.mark.parametrize("attends", ["torch", "ops"])
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_equals_plain_loops(name: str) -> None:
+def test_a_step_equals_plain_loops(name: str, attends: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from serving.vllm_plugin.attention import HSTUAttentionImpl, HSTUMetadataBuilder
 
+    if attends == "ops":  # which take keys and values of one size
+        monkeypatch.setitem(globals(), "QK", V)
     generator = torch.Generator().manual_seed(len(name))
     requests = STEPS[name]
     position_bias = torch.randn(2 * MAX_LENGTH - 1, generator=generator)
@@ -77,8 +84,11 @@ def test_a_step_equals_plain_loops(name: str) -> None:
     lengths = torch.tensor([c + n for c, n in requests], dtype=torch.int32)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), new.cumsum(0)]).int()
     config = SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=SimpleNamespace(shape=SimpleNamespace(max_length=MAX_LENGTH))),
-        additional_config={"hstu_attention": "torch"},
+        model_config=SimpleNamespace(
+            hf_config=SimpleNamespace(shape=SimpleNamespace(max_length=MAX_LENGTH, qk_dim=QK, v_dim=V))
+        ),
+        additional_config={"hstu_attention": attends},
+        device_config=SimpleNamespace(device_type="cpu"),
     )
     spec = SimpleNamespace(num_kv_heads=HEADS, block_size=BLOCK)
     step = HSTUMetadataBuilder(spec, ["layer"], config, torch.device("cpu")).build(
@@ -92,6 +102,7 @@ def test_a_step_equals_plain_loops(name: str) -> None:
             block_table_tensor=table,
         ),
     )
+    assert (step.ops is not None) == (attends == "ops")
     step.set_times(times_by_slot, torch.cat(next_times))
     impl.do_kv_cache_update(None, k, v, cache, torch.cat(slot_mapping))
     output = torch.full((len(q), HEADS, V), torch.nan)
@@ -145,3 +156,40 @@ def test_what_hstu_attention_is_not_is_refused() -> None:
         HSTUAttentionImpl(
             2, 8, 0.5, 2, None, None, "auto", max_length=4, position_bias=torch.zeros(7), time_bias=torch.zeros(129)
         )
+
+
+def test_the_triton_kernels_on_the_builders_own_plan_equal_the_cpu_kernel() -> None:
+    """In Triton's interpreter, which wants a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serving.triton_steps"], capture_output=True, text=True, check=False,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == {"decodes", "mixed", "chunks"}
+    assert max(found.values()) < 1e-5, found
+
+
+def test_who_attends_is_said_or_refused() -> None:
+    from serving.vllm_plugin.kernel import choose_attention
+
+    def config(device: str, qk_dim: int = 8, **options: str) -> SimpleNamespace:
+        shape = SimpleNamespace(qk_dim=qk_dim, v_dim=8)
+        model = SimpleNamespace(model="/nowhere", hf_config=SimpleNamespace(shape=shape))
+        return SimpleNamespace(
+            additional_config=options, model_config=model, device_config=SimpleNamespace(device_type=device)
+        )
+
+    assert choose_attention(config("cpu")) == "torch"  # no kernel there, and the log says so
+    assert choose_attention(config("cuda")) == "torch"
+    assert choose_attention(config("cpu", hstu_attention="ops")) == "ops"
+    for wrong in (
+        config("cpu", hstu_attention="kernel"),
+        config("cuda", hstu_attention="kernel"),
+        config("cuda", hstu_attention="ops"),
+        config("cuda", hstu_attention="ops", hstu_gpu_kernels="/nowhere"),
+        config("cpu", qk_dim=4, hstu_attention="ops"),
+        config("cpu", hstu_attention="flash"),
+    ):
+        with pytest.raises(ValueError, match="hstu_attention"):
+            choose_attention(wrong)

@@ -20,7 +20,7 @@ from hstu.model import HSTU, History, history_from_feeds
 from serving.slate import Slate, greedy_slate, make_slates
 from serving.vllm_plugin.runtime import VllmRuntime
 from tests.models import TINY_RESEARCH, random_histories, random_model
-from tests.serving.conftest import VLLM_CONFIG, write_model_folder
+from tests.serving.conftest import VLLM_CONFIG, float_prompts, write_model_folder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.distributed.reduce_op.*:FutureWarning"),
@@ -114,7 +114,7 @@ def test_a_returning_user_pays_for_new_events_only(runtime: VllmRuntime, model: 
     histories = random_histories(CONFIG, num_users=6, seed=4, lengths=[70, 64, 40, 33, 49, 80])
     runtime.embed(histories)
     back = _later(histories, 5, seed=4)
-    outputs = runtime._engine("pooling").encode(runtime._prompts(back), pooling_task="embed", use_tqdm=False)
+    outputs = runtime._engine("pooling").encode(float_prompts(runtime, back), pooling_task="embed", use_tqdm=False)
     cached = [output.num_cached_tokens for output in outputs]
     # All whole pages but the one that held the old query time.
     assert cached == [(n - 1) // 16 * 16 for n in histories.lengths.tolist()]
@@ -152,7 +152,7 @@ def test_chunks_preemption_and_staggered_arrivals_change_nothing(cramped: VllmRu
 
     scheduler._preempt_request = counted
     rng = np.random.default_rng(7)
-    waiting = list(enumerate(cramped._prompts(histories)))
+    waiting = list(enumerate(float_prompts(cramped, histories)))
     params = SamplingParams(temperature=0, max_tokens=10, logprobs=0, detokenize=False)
     slates: dict[int, Any] = {}
     with torch.compiler.set_stance("force_eager"):
@@ -186,7 +186,7 @@ def test_deny_and_allow_lists_hold_for_their_request_alone(runtime: VllmRuntime,
     denied = free[0, :3].tolist()
     extra = [{"deny_items": denied}, {"allow_items": [7, 8, 9, 10, 11, 100]}, {}, {"deny_items": [10**9, 3]}]
     params = [SamplingParams(temperature=0, max_tokens=5, detokenize=False, extra_args=args) for args in extra]
-    outputs = runtime._engine("generate").generate(runtime._prompts(histories), params, use_tqdm=False)
+    outputs = runtime._engine("generate").generate(float_prompts(runtime, histories), params, use_tqdm=False)
     got = [list(output.outputs[0].token_ids) for output in outputs]
     assert not set(got[0]) & set(denied)
     assert set(got[1]) < {7, 8, 9, 10, 11, 100}
@@ -203,7 +203,7 @@ def test_seeded_sampling_is_repeatable_and_never_repeats_an_item(runtime: VllmRu
     runs = [
         [
             list(o.outputs[0].token_ids)
-            for o in runtime._engine("generate").generate(runtime._prompts(histories), params, use_tqdm=False)
+            for o in runtime._engine("generate").generate(float_prompts(runtime, histories), params, use_tqdm=False)
         ]
         for _ in range(2)
     ]
@@ -235,7 +235,7 @@ def test_bad_requests_are_refused_and_the_engine_lives(runtime: VllmRuntime, mod
 
     engine = runtime._engine("generate")
     greedy = SamplingParams(temperature=0, max_tokens=2)
-    rows = runtime._prompts(random_histories(CONFIG, lengths=[4]))[0]["prompt_embeds"]
+    rows = float_prompts(runtime, random_histories(CONFIG, lengths=[4]))[0]["prompt_embeds"]
     wrong_rows = [
         rows[:, :-1],
         torch.full_like(rows, torch.nan),
@@ -288,7 +288,7 @@ def test_a_slate_ends_where_no_item_is_left(runtime: VllmRuntime) -> None:
         {"deny_items": everything[1:], "allow_repeats": True},
     ]
     params = [SamplingParams(temperature=0, max_tokens=4, logprobs=0, detokenize=False, extra_args=a) for a in args]
-    prompts = runtime._prompts(random_histories(CONFIG, num_users=3, seed=15))
+    prompts = float_prompts(runtime, random_histories(CONFIG, num_users=3, seed=15))
     with torch.compiler.set_stance("force_eager"):
         outputs = [o.outputs[0] for o in runtime._engine("generate").generate(prompts, params, use_tqdm=False)]
     assert sorted(outputs[0].token_ids[:2]) == [1, 2]

@@ -5,17 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,8 +21,9 @@ from hstu.checkpoints.huggingface import save_pretrained
 from hstu.data.histories import Histories
 from hstu.model import HSTU, history_from_feeds
 from serving.slate import Slate, Slates, greedy_slate, make_slates
-from serving.vllm_plugin.server import SETTINGS, serve_command, write_server_settings
+from serving.vllm_plugin.server import SETTINGS, write_server_settings
 from serving.vllm_plugin.tokenizer import write_tokenizer
+from stages.generation.server import running_server
 from tests.models import TINY, TINY_RESEARCH, random_histories, random_model
 from tests.serving import hostile
 
@@ -222,42 +215,6 @@ def test_half_precision_is_refused_with_the_fix(bundle: Path) -> None:
     runtime.close()
 
 
-@contextmanager
-def _server(bundle: Path, settings: str) -> Iterator[str]:
-    """The bundle's own command line, on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    _, *arguments = serve_command(settings).split()
-    with (bundle / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, *arguments, "--host", "127.0.0.1", "--port", str(port)],
-            cwd=bundle,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 600  # a machine that does other things takes its time
-        while process.poll() is None:
-            assert time.monotonic() < deadline, "the server is not ready after ten minutes"
-            try:
-                urllib.request.urlopen(f"{url}/health").close()
-                break
-            except OSError:
-                time.sleep(1)
-        assert process.poll() is None, (bundle / "server.log").read_text()[-3000:]
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
 def _send(url: str, body: bytes) -> tuple[int, Any]:
     """Status, and the answer's JSON or, of a stream, its text."""
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
@@ -280,12 +237,12 @@ def test_the_slate_server(bundle: Path, model: HSTU) -> None:
     histories = random_histories(TINY, num_users=5, seed=2)
     feeds = {name: torch.from_numpy(value) for name, value in histories.feeds(TINY).items()}
     expected, _ = greedy_slate(model, history_from_feeds(feeds), 5)
-    with _server(bundle, "vllm.yaml") as url:
+    with running_server(bundle, "vllm.yaml") as url:
         completions = f"{url}/v1/completions"
         greedy = {"max_tokens": 5, "temperature": 0}
         for rows, slate in zip(records_from_histories(histories, TINY), expected.tolist(), strict=True):
             buffer = io.BytesIO()
-            torch.save(rows, buffer)
+            torch.save(rows.float(), buffer)
             status, answer = _post(
                 completions, greedy | {"prompt_embeds": base64.b64encode(buffer.getvalue()).decode()}
             )
@@ -315,7 +272,7 @@ def test_the_slate_server(bundle: Path, model: HSTU) -> None:
 def test_the_retrieval_server(bundle: Path, model: HSTU) -> None:
     histories = random_histories(TINY, num_users=5, seed=3)
     _, expected_ids, _ = runtime_answers(model, histories)
-    with _server(bundle, "vllm-pooling.yaml") as url:
+    with running_server(bundle, "vllm-pooling.yaml") as url:
         for _ in range(2):
             for row in range(len(histories)):
                 status, answer = _post(f"{url}/pooling", {"data": _data(histories, row, k=7)})
@@ -347,7 +304,7 @@ def _assert_answered(url: str, door: str, bodies: list[dict[str, Any]]) -> None:
 def test_five_thousand_hostile_completions(bundle: Path) -> None:
     rng = np.random.default_rng(1)
     good = {"prompt": [3, 10, 150], "max_tokens": 5, "temperature": 0}
-    with _server(bundle, "vllm.yaml") as url:
+    with running_server(bundle, "vllm.yaml") as url:
         before = _post(f"{url}/v1/completions", good)[1]["choices"][0]["text"]
         _assert_answered(url, "/v1/completions", [hostile.completion(rng, TINY) for _ in range(5000)])
         assert _post(f"{url}/v1/completions", good)[1]["choices"][0]["text"] == before
@@ -357,7 +314,7 @@ def test_five_thousand_hostile_completions(bundle: Path) -> None:
 @pytest.mark.timeout(900)
 def test_five_thousand_hostile_histories(bundle: Path) -> None:
     rng = np.random.default_rng(2)
-    with _server(bundle, "vllm-pooling.yaml") as url:
+    with running_server(bundle, "vllm-pooling.yaml") as url:
         before = _post(f"{url}/pooling", {"data": GOOD})[1]["data"]["item_ids"]
         _assert_answered(url, "/pooling", [{"data": hostile.plain_json(rng, TINY)} for _ in range(5000)])
         assert _post(f"{url}/pooling", {"data": GOOD})[1]["data"]["item_ids"] == before

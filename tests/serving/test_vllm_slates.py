@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from hstu.errors import InputError
 from hstu.model import HSTU, History, history_from_feeds, l2_normalize
 from serving.slate import Slate, Slates, make_slates
 from serving.vllm_plugin.runtime import VllmRuntime
-from tests.models import random_histories
-from tests.serving.conftest import VLLM_CONFIG
+from tests.models import random_histories, random_model
+from tests.serving.conftest import VLLM_CONFIG, float_prompts, write_model_folder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.distributed.reduce_op.*:FutureWarning"),
@@ -84,6 +85,20 @@ def test_pytorch_searches_like_the_kernel(cramped: VllmRuntime, vllm_model: HSTU
     for name in ("beams", "sampled"):
         expected = make_slates(vllm_model, _padded(histories, vllm_model), SLATES[name])
         _assert_equal(cramped.slates(histories, SLATES[name]), expected)
+
+
+def test_the_paged_ops_attend_like_the_kernel(tmp_path: Path) -> None:
+    """The plan that GPU kernels get, through vLLM's whole step, on a CPU: slates by decoding, and embeddings."""
+    model = random_model(replace(CONFIG, qk_dim=8))
+    folder = write_model_folder(tmp_path / "even", model)
+    runtime = VllmRuntime(
+        folder, kv_cache_mib=64, max_num_batched_tokens=64, additional_config={"hstu_attention": "ops"}
+    )
+    histories, slate = random_histories(CONFIG, num_users=12, seed=60), Slate(num_items=5, exclude_history=True)
+    expected = make_slates(model, _padded(histories, model), slate)
+    for _ in range(2):  # the second time from the prefix cache
+        _assert_equal(runtime.slates(histories, slate), expected)
+    runtime.close()
 
 
 def test_fewer_beams_than_asked_for_when_there_are_no_more(runtime: VllmRuntime, vllm_model: HSTU) -> None:
@@ -204,7 +219,7 @@ def test_a_thousand_requests(runtime: VllmRuntime, cramped: VllmRuntime, vllm_mo
                 )
             )
         engine = engine_of._engine("generate").llm_engine
-        prompts = engine_of._prompts(users)
+        prompts = float_prompts(engine_of, users)
         order = [int(user) for user in rng.permutation(num_users)]
         order += order[: num_users // 3]  # these come back: prefix hits
         found: dict[int, Any] = {}
