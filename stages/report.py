@@ -11,6 +11,7 @@ from typing import Any
 
 from stages import report_sections as sections
 from stages.contract import Workspace
+from stages.generation import measure
 from stages.report_cache import cache
 from stages.report_evidence import Evidence, gather, read_gpus, read_ladder
 from stages.report_ladder import ladder_html, ladder_table
@@ -45,6 +46,7 @@ def page(evidence: Evidence) -> str:
         ("gates", "What each precision costs", sections.gates(evidence)),
         ("speed", "Speed and memory", speed(evidence)),
         ("cache", "Cache policies", cache(evidence.cache_scores)),
+        ("generation", "vLLM beside ideal loops", measure.html_table(evidence.generation)),
         ("skipped", "Not measured", sections.skipped(evidence)),
         ("gate", "Against the baseline", sections.gate(evidence)),
         ("conformance", "Conformance", sections.conformance(evidence)),

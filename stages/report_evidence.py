@@ -15,6 +15,7 @@ from stages.caching.compare import read_scores
 from stages.contract import Workspace
 from stages.gate import BASELINE, BENCHMARK, GateParams, Verdict, check, read_metrics
 from stages.gate_trials import FILE as TRIALS
+from stages.generation.measure import read_report
 from stages.ladder import FILE as LADDER
 from stages.lineage import lineage_copies
 from stages.parameters import load_params
@@ -33,6 +34,7 @@ class Evidence:
     description: Mapping[str, Any]  # its bundle.json
     lineage: Mapping[str, tuple[str, Mapping[str, Any]]]  # name → id and manifest
     cache_scores: Sequence[Mapping[str, Any]]  # of `compare-caches`; none when it was not run
+    generation: Mapping[str, Any]  # of `generation`; no parts when it was not run
     built_only: Mapping[str, Mapping[str, Any]]  # engines that no device here can run: name → manifest
     ladder: Mapping[str, Any] | None  # of `ladder`; None when it was not climbed
     trials: Mapping[str, Any] | None  # of `gate-trials`; None when there were none
@@ -68,6 +70,7 @@ def gather(workspace: Workspace) -> Evidence:
         description=json.loads(bundle.file("bundle.json").read_bytes()),
         lineage=lineage | {"bundle": (bundle.id, bundle.manifest)},
         cache_scores=read_scores(workspace.reports),
+        generation=read_report(workspace.reports),
         built_only=built_only,
         ladder=read_ladder(workspace.reports),
         trials=_read(workspace.reports / TRIALS),

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -277,7 +278,7 @@ def run(reports: Path, parts: Sequence[str], *, again: bool = False) -> dict[str
     if unknown:
         raise UsageError("there is no such part", got=unknown[0], expected=", ".join(PARTS))
     path, sources = reports / FILE, sources_digest()
-    report: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    report = read_report(reports)
     if report.get("sources") != sources:
         report = {"schema": "generation/1", "sources": sources, "cores": os.cpu_count(), "parts": {}}
     wanted = [part for part in parts or PARTS if again or part not in report["parts"]]
@@ -346,3 +347,24 @@ def text_table(report: Mapping[str, Any]) -> str:
         kept = "yes" if row["kept"] else "no"
         lines.append(f"{row['part']:<22} {row['ratio']:<34} {row['value']:>8.3g}  {row['limit']:<7} {kept}")
     return "\n".join(lines)
+
+
+def read_report(reports: Path) -> dict[str, Any]:
+    """What `run` wrote; no parts when nothing was measured yet."""
+    path = reports / FILE
+    return dict(json.loads(path.read_text())) if path.is_file() else {"parts": {}}
+
+
+def html_table(report: Mapping[str, Any]) -> str:
+    """The section of the report; empty when nothing was measured."""
+    lines = []
+    for row in rows(report):
+        interval = row["interval_95"]
+        spread = "" if interval is None else f" ({interval[0]:.3g}–{interval[1]:.3g})"
+        cells = (row["part"], row["ratio"], f"{row['value']:.3g}{spread}", row["limit"], "yes" if row["kept"] else "no")
+        lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    if not lines:
+        return ""
+    head = "".join(f"<th>{name}</th>" for name in ("part", "ratio", "measured (95 %)", "aim", "kept"))
+    note = "Medians over interleaved rounds, fp32 on one thread, beside loops of PyTorch with nothing around them."
+    return f"<p>{note}</p><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"

@@ -49,6 +49,8 @@ def test_a_ratio_is_judged_by_its_own_limit() -> None:
         "server ready, s": (False, "≤ 40"),
     }
     assert "server ready, s" in generation.text_table(report)
+    assert generation.html_table(report).count("<tr>") == 1 + len(rows)
+    assert generation.html_table(generation.read_report(Path("nowhere"))) == ""
 
 
 def test_what_is_measured_for_these_sources_stays(tmp_path: Path) -> None:
