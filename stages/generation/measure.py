@@ -197,8 +197,13 @@ def measure_beams(bench: Bench, width: int, *, rounds: int = 15) -> dict[str, An
             ideal.append(second)
     totals = bench.loops["ideal"].beams(padded, ITEMS, width)[1]
     got = bench.runtime.slates(histories, slate).log_probabilities
-    if got is None or float((got[0] - totals).abs().max()) > 1e-4:
-        raise GateError("the search and the ideal beam loop find other beams")
+    apart = float("inf") if got is None else float((got[0] - totals).abs().max())
+    if apart > 1e-4 * ITEMS:  # a total is the sum of its items' log-probabilities
+        raise GateError(
+            "the search and the ideal beam loop find other beams",
+            got=f"totals {apart:.2g} apart",
+            expected=f"{1e-4 * ITEMS:g}",
+        )
     times = {"search": ours, "ideal beam loop": ideal}
     return {"median_ms": _times(times), "ratios": {"search / ideal beam loop": _ratio(ours, ideal)}, "rounds": rounds}
 
