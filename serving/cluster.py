@@ -18,7 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported
+# read when Ray is imported, and by what it starts
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # its ports are not on loopback; whoever connects needs the token
+os.environ.setdefault("RAY_worker_niceness", "0")  # replicas answer people: nothing else goes first
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
 
 import ray
 from ray import serve
