@@ -64,7 +64,8 @@ def test_a_bundle_serves_where_nothing_of_this_repository_is(tmp_path: Path) -> 
     write_server_settings(bundle)
     described = _write_runtime(bundle)
     (bundle / "bundle.json").write_bytes(encode_json({"runtime": described}))
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    own = ("PYTHONPATH", "VIRTUAL_ENV")  # nor what an engine of this process has set for vLLM, its silence among it
+    environment = {n: value for n, value in os.environ.items() if n not in own and not n.startswith("VLLM_")}
     run = {"cwd": bundle, "env": environment}
     environment |= {"PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True, env=environment)
