@@ -94,8 +94,15 @@ def write_folder(folder: Path, num_items: int) -> HSTUConfig:
     from serving.vllm_plugin.tokenizer import write_tokenizer
     from stages.measure.case_models import write_random_model
 
+    # `LLM.beam_search` makes a beam's items its prompt, so prompts may be longer than the histories that are asked with
     config = HSTUConfig(
-        num_items=num_items, embedding_dim=128, num_layers=4, num_heads=4, qk_dim=32, v_dim=32, max_history=LENGTH
+        num_items=num_items,
+        embedding_dim=128,
+        num_layers=4,
+        num_heads=4,
+        qk_dim=32,
+        v_dim=32,
+        max_history=LENGTH + ITEMS,
     )
     folder.mkdir(parents=True)
     write_random_model(config, folder)
