@@ -124,9 +124,11 @@ def ladder(
 ) -> None:
     """Measure every optimisation beside eager PyTorch in one run, vLLM and hot users too; write ladder.json."""
     from stages import ladder as climbing
+    from stages.report import refresh
     from stages.report_ladder import render
 
     report = climbing.climb(settings.workspace(), case, seconds=seconds)
+    refresh(settings.workspace())
     settings.show(report, render(report))
 
 
@@ -166,6 +168,8 @@ def gate_trials(
 ) -> None:
     """Count how often `gate --against` fails an equal bundle, and one made slower; write gate-trials.json."""
     from stages import gate_trials as proving
+    from stages.report import refresh
 
     report = proving.run_trials(settings.workspace(), bundle, trials=trials, slowdown=slowdown, minutes=minutes)
+    refresh(settings.workspace())
     settings.show(report["summary"], proving.render(report))

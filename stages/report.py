@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from stages import report_sections as sections
 from stages.contract import Workspace
+from stages.gate import BENCHMARK
 from stages.generation import measure
 from stages.report_cache import cache
 from stages.report_evidence import Evidence, gather, read_gpus, read_ladder
@@ -33,6 +35,14 @@ def write_report_page(workspace: Workspace) -> Path:
     staged.write_bytes(data)
     staged.replace(path)
     return path
+
+
+def refresh(workspace: Workspace) -> None:
+    """The page and the summary tell what the reports hold now; nothing happens before there is a benchmark."""
+    path = workspace.reports / BENCHMARK
+    if path.is_file():
+        write_summary(json.loads(path.read_bytes()), workspace.reports)
+        write_report_page(workspace)
 
 
 def page(evidence: Evidence) -> str:
