@@ -1,6 +1,6 @@
 """What the compilers say of every kernel on every SM, in one table to be looked at and held against: nothing measured.
 
-    python -m kernels.static_table reports/kernels.json --cutlass FOLDER --kernels FOLDER [FOLDER ..]
+    python -m kernels.static_table OUT.json --cutlass FOLDER --kernels FOLDER [FOLDER ..]
 
 FOLDERs hold `sm_XX/` as `build-kernels` writes them, and libraries as `kernels.cutlass_build` writes them.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kernels.cutlass import SOURCES, Loaded, build
+from kernels.cutlass import SOURCES, Loaded, build, library_name
 from kernels.spec import SHARED_LIMIT
 
 SCHEMA = 1
@@ -42,9 +42,11 @@ def triton_rows(folders: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 
 def cutlass_rows(folder: Path) -> dict[str, Any]:
-    """Rows by library; each is loaded, which needs CUDA's runtime, but no GPU."""
+    """Rows of the libraries that are there; each is loaded, which needs CUDA's runtime, but no GPU."""
     rows = {}
     for name, source in SOURCES.items():
+        if not (folder / library_name(source)).is_file():
+            continue
         built = build(source, folder)
         shared = Loaded(source, folder, int(source.targets[-1].rstrip("a"))).shared_bytes()
         rows[name] = {
