@@ -26,7 +26,7 @@ class BuildEngineParams:
     backend: Literal["auto", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt"]
     rows: Literal["auto", "packed", "padded"]
     float_keep_wide: tuple[str, ...]
-    int8_keep_wide: tuple[str, ...]
+    int8_keep_wide: tuple[str, ...] | None
     int8_around: Literal["auto", "fp32", "fp16", "bf16"]
     int8_widen_at_most: int
     int8_force: bool
@@ -120,7 +120,7 @@ def run(params: BuildEngineParams, inputs: Mapping[str, Artifact], folder: Path)
         precision=params.precision,
         around=target.around_int8 if params.int8_around == "auto" else params.int8_around,
         float_keep_wide=params.float_keep_wide,
-        int8_keep_wide=params.int8_keep_wide,
+        int8_keep_wide=target.int8_keep_wide if params.int8_keep_wide is None else params.int8_keep_wide,
         method=params.calibration_method,
         percentile=params.calibration_percentile,
         packed=_packed(params.rows, target, surgery),

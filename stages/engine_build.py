@@ -52,6 +52,7 @@ class EngineBuild:
         `int8_widen_at_most` times; then, as any other precision at once, GateError.
         """
         sensitivity: dict[str, float] = {}
+        first = len(recipe.int8_keep_wide)
         while True:
             for file in folder.iterdir():
                 file.unlink()  # not written over: a closed engine may still have it mapped
@@ -60,7 +61,7 @@ class EngineBuild:
             try:
                 figures = self.gate(recipe, folder)
             except GateError as error:
-                widened = len(recipe.int8_keep_wide) - len(self.params.int8_keep_wide)
+                widened = len(recipe.int8_keep_wide) - first
                 if self.params.precision != "int8" or widened >= self.params.int8_widen_at_most:
                     raise
                 sensitivity = sensitivity or modules_by_sensitivity(self.source, self.config, recipe, self.calibration)

@@ -2,11 +2,23 @@
 #include "cpu/tile.h"
 #include "hstu_attention/attention.h"
 #include "item_head/head.h"
+#include "projection/projection.h"
 
 namespace {
 void attention(const hstu::Call& call, const hstu::Runtime& runtime) {
     run_words<Float32Words>(call, runtime);
 }
+template <class F>
+void by_words(const hstu::ProjectionCall& call, F f) {
+    if (call.compute_type == hstu::kInt8) return f(Int8Words{});
+    f(Float32Words{});
+}
+void pack(const hstu::ProjectionCall& call, const hstu::Runtime& runtime) {
+    by_words(call, [&](auto words) { pack_weight<decltype(words)>(call, runtime); });
+}
+void product(const hstu::ProjectionCall& call, const hstu::Runtime& runtime) {
+    by_words(call, [&](auto words) { project<decltype(words)>(call, runtime); });
+}
 }  // namespace
 
-const hstu::Kernels hstu::kAvx2{"avx2", attention, pack_items, top_items};
+const hstu::Kernels hstu::kAvx2{"avx2", attention, pack_items, top_items, pack, product};

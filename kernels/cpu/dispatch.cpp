@@ -14,12 +14,13 @@
 
 #include "hstu_attention/call.h"
 #include "item_head/call.h"
+#include "projection/call.h"
 
 namespace {
 
 using hstu::Call;
 
-constexpr int32_t kVersion = 2;
+constexpr int32_t kVersion = 3;
 
 void serial(int64_t count, void (*body)(void*, int64_t), void* context) {
     for (int64_t i = 0; i < count; ++i) body(context, i);
@@ -111,25 +112,28 @@ const char* check(const Call& c) {
     if (c.batch < 0 || c.queries < 0 || c.prefix_rows < 0) return "a size is negative";
     if (c.heads < 1 || c.qk_dim < 1 || c.v_dim < 1 || c.max_length < 1) return "a dimension is not positive";
     if (c.bucket_type != hstu::kNoBuckets && (!c.buckets || !c.time_bias)) return "buckets without their table";
-    const int64_t* const starts[] = {c.u.starts, c.prefix_k.starts};
-    if (c.v.starts != starts[0] || c.q.starts != starts[0] || c.k.starts != starts[0] || c.prefix_v.starts != starts[1])
+    const bool causal = c.mode == hstu::kCausal;
+    const int64_t* const starts[] = {c.u.starts, c.k.starts, c.prefix_k.starts};
+    if (c.q.starts != starts[0] || c.v.starts != starts[1] || c.prefix_v.starts != starts[2] || (causal && starts[1] != starts[0]))
         return "rows of one kind that start at different places";
     for (const int64_t* start : starts)
         if (start && start[0] < 0) return "a user's rows start before the first";
-    const bool causal = c.mode == hstu::kCausal;
     if (!causal && c.mode != hstu::kCandidates && c.mode != hstu::kQueries) return "no such mode";
     if (!causal && !c.positions) return "query rows without positions";
+    if (c.own_lengths && c.mode != hstu::kQueries) return "own lengths of rows that have them already";
     const int64_t lowest = c.mode == hstu::kQueries ? -1 : 0;  // -1: a row that sees nothing
     for (int64_t b = 0; b < c.batch; ++b) {
         const int64_t rows = c.lengths ? c.lengths[b] : c.queries, prefix = c.prefix_lengths ? c.prefix_lengths[b] : 0;
         if (rows < 0 || rows > c.queries) return "a length is outside 0..queries";
         if (prefix < 0 || prefix > c.prefix_rows) return "a prefix length is outside 0..prefix_rows";
-        if ((starts[0] && starts[0][b + 1] - starts[0][b] < rows) || (starts[1] && starts[1][b + 1] - starts[1][b] < prefix))
-            return "a user has more rows than stand before the next user's";
-        if (prefix + (causal ? rows : 0) > c.max_length) return "a history is longer than max_length";
+        const int64_t own = causal ? rows : c.own_lengths ? c.own_lengths[b] : 0, counts[] = {rows, own, prefix};
+        if (own < 0) return "a length is negative";
+        for (int i = 0; i < 3; ++i)
+            if (starts[i] && starts[i][b + 1] - starts[i][b] < counts[i]) return "a user has more rows than stand before the next user's";
+        if (prefix + own > c.max_length) return "a history is longer than max_length";
         for (int64_t i = 0; !causal && i < rows; ++i) {
             const int64_t position = c.positions[b * c.position_batch_stride + i * c.position_row_stride];
-            if (position < lowest || position > prefix + lowest || position >= c.max_length) return "a position is outside the prefix";
+            if (position < lowest || position > prefix + own + lowest || position >= c.max_length) return "a position is outside the prefix";
         }
     }
     return nullptr;
@@ -150,7 +154,7 @@ struct Edges {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT int32_t hstu_cpu_version() { return kVersion; }
-EXPORT int64_t hstu_cpu_call_bytes() { return sizeof(Call) + sizeof(hstu::HeadCall); }
+EXPORT int64_t hstu_cpu_call_bytes() { return sizeof(Call) + sizeof(hstu::HeadCall) + sizeof(hstu::ProjectionCall); }
 
 // The instruction set in use, or "" when this CPU has not even AVX2.
 EXPORT const char* hstu_cpu_isa() { return chosen < 0 ? "" : kSets[chosen]->name; }
@@ -186,6 +190,29 @@ EXPORT void hstu_item_head_pack(const hstu::HeadCall* call) {
 // The best items stand at call->scores and call->indices.
 EXPORT void hstu_item_head_top(const hstu::HeadCall* call) {
     kSets[chosen]->item_head_top(*call, runtime_of(call->threaded));
+}
+
+// Bytes of the packed form of a weight, on any instruction set.
+EXPORT int64_t hstu_projection_bytes(int64_t depth, int64_t columns, int64_t compute_type) {
+    const int64_t pack = compute_type == hstu::kInt8 ? 4 : compute_type == hstu::kBfloat16 ? 2 : 1;
+    const bool wide = compute_type == hstu::kBfloat16 && chosen < 2;  // multiplied as float32
+    return (columns + 31) / 32 * 32 * 4 * ((wide ? depth : (depth + pack - 1) / pack) + 3);
+}
+
+// call->packed holds the weight, its scales and its bias, for the instruction set in use.
+EXPORT void hstu_projection_pack(const hstu::ProjectionCall* call) {
+    kSets[chosen]->projection_pack(*call, runtime_of(call->threaded));
+}
+
+// The answer stands at call->out and null is returned, or a message that says why nothing was done.
+EXPORT const char* hstu_projection(const hstu::ProjectionCall* call) {
+    if (call->rows < 0) return "a size is negative";
+    if (call->in_type == hstu::kInt8 && (call->compute_type != hstu::kInt8 || !call->in_scales || call->normalize))
+        return "int8 rows that are not multiplied as they are";
+    if (call->residual && call->out_type != hstu::kFloat32) return "a sum with a residual is float32";
+    if (call->out_type == hstu::kInt8) return "products are not int8";
+    kSets[chosen]->projection(*call, runtime_of(call->threaded));
+    return nullptr;
 }
 
 // out[b, i, t] = bucket of |from[b, i] - to[b, t]| for t < seen (causal: t <= i), 0 elsewhere. All contiguous.

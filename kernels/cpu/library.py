@@ -25,10 +25,10 @@ Array = npt.NDArray[Any]
 Isa = Literal["avx2", "avx512", "avx512_bf16"]
 LIBRARY = "libhstu_cpu.so"
 OPERATIONS = "libhstu_openvino.so"  # OpenVINO operations around the kernels, for the very version they are built with
-VERSION = 2
+VERSION = 3
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2  # hstu::Type of runtime.h
 
-_FOLDERS = ("cpu", "hstu_attention", "item_head")
+_FOLDERS = ("cpu", "hstu_attention", "item_head", "projection")
 _UNITS: dict[str, tuple[str, ...]] = {  # translation unit → the instructions it may use
     "avx2": cpp.AVX2,
     "avx512": cpp.AVX512,
@@ -97,6 +97,8 @@ class Library(cpp.Isa):
         self.functions.hstu_cpu_call_bytes.restype = ctypes.c_int64
         self.functions.hstu_attention.restype = ctypes.c_char_p
         self.functions.hstu_item_head_bytes.restype = ctypes.c_int64
+        self.functions.hstu_projection_bytes.restype = ctypes.c_int64
+        self.functions.hstu_projection.restype = ctypes.c_char_p
         pointer, integer, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
         self.functions.hstu_time_buckets.argtypes = (
             pointer, pointer, integer, integer, integer, flag, pointer, pointer, flag,

@@ -14,17 +14,19 @@
 
 #include "hstu_attention/call.h"
 #include "item_head/call.h"
+#include "projection/call.h"
 
 namespace {
 
 using AttentionFunction = const char* (*)(const hstu::Call*);
+using ProjectionFunction = const char* (*)(const hstu::ProjectionCall*);
 using HeadFunction = void (*)(const hstu::HeadCall*);
 
 const ov::element::Type kTypes[] = {ov::element::f32, ov::element::bf16, ov::element::i8};  // by hstu::Type
 
 int64_t float_type(const ov::Tensor& tensor) {
     const auto type = tensor.get_element_type();
-    OPENVINO_ASSERT(type == ov::element::f32 || type == ov::element::bf16, "attention in ", type);
+    OPENVINO_ASSERT(type == ov::element::f32 || type == ov::element::bf16, "a kernel is given ", type);
     return type == ov::element::f32 ? hstu::kFloat32 : hstu::kBfloat16;
 }
 
@@ -98,20 +100,30 @@ public:
             outputs[1].set_shape({shape[0], shape[1], 1});
             c.out_scales = outputs[1].data<float>();
         }
-        std::vector<int64_t> positions, seen, starts;
+        std::vector<int64_t> positions, seen, before, starts;
         const size_t last = inputs.size() - (m_jagged ? 2 : 1);
         if (m_jagged) starts = integers(inputs.back());
         if (c.mode == hstu::kQueries) {
             c.u = rows_of(rows, 0), c.q = rows_of(rows, hv);
-            set_prefix(c, inputs[1], 0, hqk);
-            set_buckets(c, inputs[2]);
-            positions = integers(inputs[3]);
+            const bool cached = last == 5;  // of a history that is extended
+            set_buckets(c, inputs[cached ? 3 : 2]);
+            positions = integers(inputs[last]);
             for (int64_t b = 0; b < c.batch; ++b) {
                 const auto first = positions.begin() + b * c.queries;
                 seen.push_back(c.queries ? *std::max_element(first, first + c.queries) + 1 : 0);
             }
+            if (cached) {
+                c.k = rows_of(inputs[1], 0), c.v = rows_of(inputs[1], hqk);
+                set_cache(c, inputs[2]);
+                before = integers(inputs[4]);
+                for (size_t i = 0; i < positions.size(); ++i)
+                    if (positions[i] >= 0) positions[i] += before[i / static_cast<size_t>(c.queries)];
+                c.prefix_lengths = before.data(), c.own_lengths = seen.data();
+            } else {
+                set_prefix(c, inputs[1], 0, hqk);
+                c.prefix_lengths = seen.data();
+            }
             c.positions = positions.data(), c.position_row_stride = 1, c.position_batch_stride = c.queries;
-            c.prefix_lengths = seen.data();
         } else {
             c.u = rows_of(rows, 0), c.v = rows_of(rows, hv), c.q = rows_of(rows, 2 * hv), c.k = rows_of(rows, 2 * hv + hqk);
             const bool causal = c.mode == hstu::kCausal, cached = last == 4;  // of a history that is extended
@@ -133,7 +145,7 @@ public:
                 c.positions = c.prefix_lengths = positions.data(), c.position_batch_stride = 1;
             }
         }
-        if (m_jagged) set_starts(c, inputs[c.mode == hstu::kQueries ? 1 : 0], starts);
+        if (m_jagged) set_starts(c, inputs[c.mode == hstu::kQueries ? 1 : 0], starts);  // the history, or what is new of it
         const char* error = reinterpret_cast<AttentionFunction>(m_function)(&c);
         OPENVINO_ASSERT(error == nullptr, "the attention kernel refuses the call: ", error ? error : "");
         return true;
@@ -150,14 +162,18 @@ private:
         c.prefix_k = rows_of(tensor, k_column), c.prefix_v = rows_of(tensor, v_column);
     }
 
-    // The rows of the history, which are the query rows themselves in mode kCausal and the prefix in the others.
+    // The rows of the history, which are the query rows themselves in mode kCausal and the prefix in the others, if it
+    // is not a cache.
     static void set_starts(hstu::Call& c, const ov::Tensor& history, const std::vector<int64_t>& starts) {
         OPENVINO_ASSERT(static_cast<int64_t>(starts.size()) == c.batch + 1 && history.get_shape()[0] == 1 &&
                             starts.back() <= static_cast<int64_t>(history.get_shape()[1]),
                         "starts that do not fit their rows");
-        const bool causal = c.mode == hstu::kCausal;
-        for (hstu::Rows* rows : {&c.u, &c.v, &c.q, &c.k}) rows->starts = causal ? starts.data() : nullptr;
-        if (!causal) c.prefix_k.starts = c.prefix_v.starts = starts.data();
+        if (c.mode == hstu::kCausal) c.u.starts = c.q.starts = starts.data();
+        if (c.mode == hstu::kCausal || c.own_lengths) {
+            c.v.starts = c.k.starts = starts.data();
+        } else {
+            c.prefix_k.starts = c.prefix_v.starts = starts.data();
+        }
     }
 
     // This layer's rows of a cache [batch, layers, rows, k and v], where they lie.
@@ -223,7 +239,60 @@ private:
     const hstu::HeadCall& call() const { return *reinterpret_cast<const hstu::HeadCall*>(m_call); }
 };
 
+// rows [.., depth] (int8: and their scales float32 [.., 1]), residual float32 [.., columns] if there is one
+// -> [.., columns]
+class Projection : public ov::op::Op {
+public:
+    OPENVINO_OP("HSTUKernelProjection", "hstu");
+    Projection() = default;
+
+    void validate_and_infer_types() override {
+        ov::PartialShape shape = get_input_partial_shape(0);
+        shape[shape.size() - 1] = call().columns;
+        set_output_type(0, kTypes[call().out_type], shape);
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+        auto clone = std::make_shared<Projection>();
+        clone->m_call = m_call, clone->m_function = m_function;
+        clone->set_arguments(inputs);
+        clone->constructor_validate_and_infer_types();
+        return clone;
+    }
+
+    bool visit_attributes(ov::AttributeVisitor& visitor) override {
+        visitor.on_attribute("call", m_call);
+        visitor.on_attribute("function", m_function);
+        return true;
+    }
+
+    bool has_evaluate() const override { return true; }
+
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+        hstu::ProjectionCall c = call();
+        ov::Shape shape = inputs[0].get_shape();
+        shape.back() = static_cast<size_t>(c.columns);
+        outputs[0].set_shape(shape);
+        c.rows = static_cast<int64_t>(inputs[0].get_size()) / c.depth;
+        const bool narrow = inputs[0].get_element_type() == ov::element::i8;
+        c.in = inputs[0].data(), c.in_type = narrow ? hstu::kInt8 : float_type(inputs[0]);
+        if (narrow) c.in_scales = inputs[1].data<const float>();
+        if (inputs.size() > (narrow ? 2u : 1u)) c.residual = inputs.back().data<const float>();
+        OPENVINO_ASSERT(!c.residual || inputs.back().get_size() == outputs[0].get_size(), "a residual of another shape");
+        c.out = outputs[0].data(), c.out_type = float_type(outputs[0]);
+        const char* error = reinterpret_cast<ProjectionFunction>(m_function)(&c);
+        OPENVINO_ASSERT(error == nullptr, "the projection kernel refuses the call: ", error ? error : "");
+        return true;
+    }
+
+private:
+    int64_t m_call = 0, m_function = 0;
+
+    const hstu::ProjectionCall& call() const { return *reinterpret_cast<const hstu::ProjectionCall*>(m_call); }
+};
+
 }  // namespace
 
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>(
-    {std::make_shared<ov::OpExtension<Attention>>(), std::make_shared<ov::OpExtension<ItemHead>>()}))
+    {std::make_shared<ov::OpExtension<Attention>>(), std::make_shared<ov::OpExtension<ItemHead>>(),
+     std::make_shared<ov::OpExtension<Projection>>()}))

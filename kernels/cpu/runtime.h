@@ -14,8 +14,9 @@ struct Runtime {
     void (*release)(void* memory);
 };
 
-struct Call;      // hstu_attention/call.h
-struct HeadCall;  // item_head/call.h
+struct Call;            // hstu_attention/call.h
+struct HeadCall;        // item_head/call.h
+struct ProjectionCall;  // projection/call.h
 
 // One instruction set's kernels; each set is compiled in a translation unit of its own.
 struct Kernels {
@@ -23,6 +24,8 @@ struct Kernels {
     void (*attention)(const Call&, const Runtime&);
     void (*item_head_pack)(const HeadCall&, const Runtime&);
     void (*item_head_top)(const HeadCall&, const Runtime&);
+    void (*projection_pack)(const ProjectionCall&, const Runtime&);
+    void (*projection)(const ProjectionCall&, const Runtime&);
 };
 extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
 

@@ -39,6 +39,13 @@ struct Simd {
         _mm256_store_si256(reinterpret_cast<Int*>(values), _mm256_cvtps_epi32(a));
         for (int64_t i = 0; i < n && i < 8; ++i) p[i] = static_cast<int8_t>(values[i]);
     }
+    template <int kOffset>
+    static void store_int8(int8_t* p, Float a) {  // 8 values; kOffset is added to none of them here
+        static_assert(kOffset == 0);
+        const Int words = _mm256_cvtps_epi32(a);
+        const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
+    }
     static Float to_float(Float integers) { return _mm256_cvtepi32_ps(_mm256_castps_si256(integers)); }
     static float sum(Float a) {
         const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

@@ -30,6 +30,11 @@ struct Simd {
     static void store_int8(int8_t* p, Float a, int64_t n) {  // rounded to nearest even
         _mm512_mask_cvtsepi32_storeu_epi8(p, first(n), _mm512_cvtps_epi32(a));
     }
+    template <int kOffset>
+    static void store_int8(int8_t* p, Float a) {  // the same of 16 values, to which kOffset (0 or 128) is added
+        const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(kOffset))));
+    }
     static Float to_float(Float integers) { return _mm512_cvtepi32_ps(_mm512_castps_si512(integers)); }
     static Float load(const float* p) { return _mm512_loadu_ps(p); }
     static Float load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }

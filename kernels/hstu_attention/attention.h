@@ -63,7 +63,10 @@ struct Attention {
 
     int64_t prefix(int64_t b) const { return call.prefix_lengths ? call.prefix_lengths[b] : 0; }
     int64_t rows_of(int64_t b) const { return call.lengths ? call.lengths[b] : call.queries; }
-    int64_t keys_of(int64_t b) const { return prefix(b) + (call.mode == hstu::kCausal ? rows_of(b) : 0); }
+    int64_t keys_of(int64_t b) const { return prefix(b) + own(b); }
+    int64_t own(int64_t b) const {  // keys after the prefix
+        return call.mode == hstu::kCausal ? rows_of(b) : call.own_lengths ? call.own_lengths[b] : 0;
+    }
     int64_t first_out(int64_t b) const { return call.u.starts ? call.u.starts[b] : b * call.queries; }
     int64_t position(int64_t b, int64_t i) const {
         if (call.mode == hstu::kCausal) return prefix(b) + i;

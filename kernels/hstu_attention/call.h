@@ -20,21 +20,24 @@ struct Rows {
 // then, in mode kCausal, its own query rows. t is also the key's position.
 //   kCausal: query row i < lengths[b] stands at p = prefix_lengths[b] + i and sees t <= p
 //   kCandidates: query row c stands at p = positions[b, c], sees t < p of the prefix, and itself
-//   kQueries: query row i stands at p = positions[b, i] and sees t <= p of the prefix; it has no k and v itself
+//   kQueries: query row i stands at p = positions[b, i] and sees t <= p of the prefix, and of own_lengths[b] rows of
+//   k and v after it; it has no k and v itself
 struct Call {
     int64_t batch, queries, heads, qk_dim, v_dim, max_length;
     int64_t prefix_rows;  // rows that prefix_k and prefix_v have per user, at most (0: there is no prefix)
-    Rows u, v, q, k;      // of the query rows, at most `queries` of a user, before SiLU; all have the same `starts`
+    Rows u, v, q, k;      // of the query rows, at most `queries` of a user, before SiLU; u and q have the same
+                          // `starts`, and so have v and k: where query rows are keys, all of them
     Rows prefix_v, prefix_k;
     const int64_t* lengths;          // [batch], or null: every user has `queries` rows
     const int64_t* prefix_lengths;   // [batch], or null: 0
+    const int64_t* own_lengths;      // [batch], or null: 0; in mode kQueries alone
     const int64_t* positions;        // not in mode kCausal
     int64_t position_row_stride, position_batch_stride;
     const float* position_bias;      // [2 max_length - 1], at t - p + max_length - 1
     const float* time_bias;          // [129]
     const void* buckets;             // [batch, queries or 1, keys]: element (i, t), own rows from own_bucket_column on
     int64_t bucket_row_stride, bucket_batch_stride;
-    int64_t own_bucket_column;       // kCausal with a prefix: -1 means that t counts on, own row 0 at the prefix length
+    int64_t own_bucket_column;       // own rows after a prefix: -1 means that t counts on, own row 0 at the prefix length
     const void* own_buckets;         // kCandidates: [batch, queries or 1]; null: bucket 0
     int64_t own_bucket_row_stride, own_bucket_batch_stride;
     const uint8_t* mask;             // [batch, queries, keys], zero forbids; null: nothing more is forbidden

@@ -29,7 +29,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "queries", "heads", "qk_dim", "v_dim", "max_length")),
         ("prefix_rows", ctypes.c_int64),
         *((name, _Rows) for name in ("u", "v", "q", "k", "prefix_v", "prefix_k")),
-        *((name, ctypes.c_void_p) for name in ("lengths", "prefix_lengths", "positions")),
+        *((name, ctypes.c_void_p) for name in ("lengths", "prefix_lengths", "own_lengths", "positions")),
         *((name, ctypes.c_int64) for name in ("position_row_stride", "position_batch_stride")),
         *((name, ctypes.c_void_p) for name in ("position_bias", "time_bias", "buckets")),
         *((name, ctypes.c_int64) for name in ("bucket_row_stride", "bucket_batch_stride", "own_bucket_column")),
@@ -138,19 +138,32 @@ class Attention:
         *,
         out: Array,
         out_scales: Array | None = None,
+        cache: tuple[Array, Array] | None = None,
         starts: Array | None = None,
         threaded: bool = True,
     ) -> None:
         """`out` holds the gated output of rows uq [B, Q, W/2] at positions int64 [B, Q] of a history.
 
         Row i sees the rows of kv [B, L, W/2] up to its own position; one at -1 sees nothing and becomes zero.
-        Columns: u, q and k, v, all before SiLU. buckets [B, Q, L].
+        Columns: u, q and k, v, all before SiLU. buckets [B, Q, L]. With `cache`, as in `attention`, kv extends a
+        history: the cached rows are seen too, positions count from the first of kv, and buckets are [B, Q, P + L].
         """
         hv, hqk = self._hv, self._hqk
         call = self._call(uq, (0, 0, hv, 0), hv + hqk, out, out_scales, buckets, threaded)
         call.mode = QUERIES
         seen = positions.max(axis=1, initial=-1) + 1
-        self._set_prefix(call, kv, 0, hqk, seen, starts)
+        if cache is None:
+            self._set_prefix(call, kv, 0, hqk, seen, starts)
+        else:
+            cached, cached_lengths = cache
+            self._set_prefix(call, cached, 0, hqk, cached_lengths)
+            call.prefix_activated, call.own_bucket_column = 1, cached.shape[1]
+            size, (_, count, width) = kv.itemsize, kv.shape
+            data, first = address(kv, uq.dtype), None if starts is None else _starts(starts, len(seen), kv)
+            call.k = data, width, count * width, first
+            call.v = data + hqk * size, width, count * width, first
+            call.own_lengths = address(seen, np.int64)
+            positions = np.where(positions < 0, positions, positions + cached_lengths[:, None])
         self._set_positions(call, positions)
         self._run(call)
 

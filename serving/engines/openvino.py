@@ -25,6 +25,7 @@ from serving.engine import Array, EngineSpec
 from serving.engines import openvino_packing
 from serving.engines.openvino_graph import read_model
 from serving.engines.openvino_ops import NativeOperations, Operations, PythonOperations
+from serving.engines.openvino_products import PackedWeights
 from serving.time_features import NAMES, time_features
 
 _LOG = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ class _Ports:
 class OpenVinoEngine:
     """One compiled model per entry; all of them, and the attention kernel, share OpenVINO's one pool of threads.
 
-    A compiled model has weights of its own. That of `extend`, which only those who keep states ask for, is
-    compiled when it is first asked for.
+    The layers' weights are packed once for all of them. `extend`, which only those who keep states ask for, is compiled
+    when it is first asked for.
     """
 
     backend = "openvino"
@@ -58,8 +59,9 @@ class OpenVinoEngine:
             raise ArtifactError(
                 f"{folder}: engine.json lacks entries of this model", got=sorted(spec.entries), expected=missing
             )
-        self._library = _open_library(folder)
+        self.library = _open_library(folder)
         self.operations = _open_operations(folder)
+        self.weights = PackedWeights(self.library)
         self._lock = threading.RLock()  # one request uses all threads; another waits
         self.compiled: dict[str, openvino.CompiledModel] = {}
         self._requests: dict[str, openvino.InferRequest] = {}
@@ -99,7 +101,7 @@ class OpenVinoEngine:
         self.compiled.clear()
 
     def _compile(self, name: EntryName) -> None:
-        model, fixed = read_model(self._files[name], self._library, self.operations)
+        model, fixed = read_model(self._files[name], self.library, self.operations, self.weights)
         compiled = openvino.Core().compile_model(model, "CPU", properties(self._threads))
         self.compiled[name], self._requests[name] = compiled, compiled.create_infer_request()
         for given, array in fixed.items():
@@ -116,7 +118,7 @@ class OpenVinoEngine:
         _release_pages(self._files[name].parent)
 
     def _buckets(self, start: Array, end: Array, causal: bool) -> Array:
-        return time_buckets(self._library, start, end, _EDGES, causal=causal, threaded=False)
+        return time_buckets(self.library, start, end, _EDGES, causal=causal, threaded=False)
 
 
 def properties(threads: int) -> dict[str, object]:

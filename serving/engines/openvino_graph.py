@@ -13,14 +13,15 @@ The file is the one every backend gets. What is changed while it is read:
 - where attention is bfloat16 and the CPU multiplies it, no cast stands between attention and a float32 product;
 - where surgery has packed the rows of events, attention takes them as they are, and where they stand is an input
   (`serving.engines.openvino_packing`);
-- an int8 W_o reads rows that the attention kernel has quantised, each by its own scale, in place of one scale for
-  all rows: no row depends on another, and nothing is clipped.
+- products by the layers' weights, with the norm before and the sums after them, are operations of our own where our
+  kernel is the faster one (`serving.engines.openvino_products`);
+- an int8 product reads rows that our kernels have quantised, each by its own scale, in place of one scale for all rows:
+  no row depends on another, and nothing is clipped. Where products are OpenVINO's own, that holds of W_o alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,19 @@ from openvino.frontend.onnx import ConversionExtension
 from hstu.errors import ArtifactError
 from kernels.cpu.library import Array, Library
 from kernels.hstu_attention.cpu import Attention, Shape
-from kernels.item_head.cpu import ItemHead
 from serving import time_features
 from serving.engines import openvino_packing
+from serving.engines.openvino_nodes import (
+    ancestors,
+    chain,
+    constant_name,
+    data_of,
+    replace_value,
+    source_of,
+    without_casts,
+)
 from serving.engines.openvino_ops import FUNCTIONS, AttentionCall, HeadCall, Operations
+from serving.engines.openvino_products import PackedWeights, replace_products
 
 _TIMES = ("timestamps", "query_time", "cached_timestamps")
 _ITEM_SCALE = "item_scale"
@@ -43,12 +53,14 @@ _TYPES = {name: Type.u8 for name in time_features.NAMES if name.endswith("_bucke
 _CALL = "hstu_call"  # the rt_info under which an operation's number in `_Reader.calls` stands
 
 
-def read_model(path: Path, library: Library, operations: Operations) -> tuple[openvino.Model, dict[str, Array]]:
+def read_model(
+    path: Path, library: Library, operations: Operations, weights: PackedWeights
+) -> tuple[openvino.Model, dict[str, Array]]:
     """The model of an .onnx file, as described above, and the inputs that are always fed the same.
 
     Raises ArtifactError when the file cannot be read or its graph is not one that surgery writes.
     """
-    reader = _Reader(path, library, operations)
+    reader = _Reader(path, library, operations, weights)
     core = openvino.Core()
     for function in FUNCTIONS:
         core.add_extension(ConversionExtension(function, "hstu", reader.convert))
@@ -64,6 +76,9 @@ def read_model(path: Path, library: Library, operations: Operations) -> tuple[op
     reader.keep_item_table(model)
     reader.use_packed_rows(model)
     reader.separate_lookups(model)
+    replace_products(
+        model.get_ordered_ops(), library.isa, operations, weights, narrow_attention=reader.narrow_attention
+    )
     reader.quantize_rows(model)
     reader.replace_item_head(model)
     features = [reader.features[name] for name in sorted(reader.features)]
@@ -76,8 +91,8 @@ def read_model(path: Path, library: Library, operations: Operations) -> tuple[op
 class _Reader:
     """What is found while one file is read: the inputs that stand for parts of it, and the calls of its operations."""
 
-    def __init__(self, path: Path, library: Library, operations: Operations) -> None:
-        self._path, self._library, self._operations = path, library, operations
+    def __init__(self, path: Path, library: Library, operations: Operations, weights: PackedWeights) -> None:
+        self._path, self._library, self._operations, self._weights = path, library, operations, weights
         self.features: dict[str, Any] = {}
         self.fixed: dict[str, Array] = {}
         self.calls: list[AttentionCall] = []
@@ -97,9 +112,9 @@ class _Reader:
         narrow = given == Type.bf16 and self._library.isa == "avx512_bf16"
         if narrow:
             for index in projections:  # the kernel rounds what it reads: a cast before it saves nothing
-                inputs[index] = _without_casts(inputs[index])
+                inputs[index] = without_casts(inputs[index])
         if cache is not None:  # it may be of another type than the rows, and is read where it lies
-            inputs[cache] = _without_casts(inputs[cache])
+            inputs[cache] = without_casts(inputs[cache])
         shape = Shape(
             heads=node.get_attribute("num_heads"),
             **{name: node.get_attribute(name) for name in ("qk_dim", "v_dim", "max_length", "epsilon")},
@@ -134,8 +149,8 @@ class _Reader:
             if call is not None:
                 function = FUNCTIONS[call.function]
                 node.input(function.buckets).replace_source_output(self._feature(function.feature, 3))
-            elif node.get_type_name() == "Gather" and _constant_name(node.input_value(0)).startswith("gap_embedding."):
-                of_candidates = "candidate_ids" in _ancestors(node.input_value(1).get_node())
+            elif node.get_type_name() == "Gather" and constant_name(node.input_value(0)).startswith("gap_embedding."):
+                of_candidates = "candidate_ids" in ancestors(node.input_value(1).get_node())
                 name = time_features.CANDIDATE_GAP_ROWS if of_candidates else time_features.GAP_ROWS
                 node.input(1).replace_source_output(self._feature(name, 2))
 
@@ -144,10 +159,10 @@ class _Reader:
         for node in model.get_ordered_ops():
             if node.get_type_name() != "Multiply":
                 continue
-            rows, factor = (_without_casts(value).get_node() for value in node.input_values())
-            if rows.get_type_name() == "Gather" and _constant_name(rows.input_value(0)).startswith("item_embedding."):
+            rows, factor = (without_casts(value).get_node() for value in node.input_values())
+            if rows.get_type_name() == "Gather" and constant_name(rows.input_value(0)).startswith("item_embedding."):
                 node.input(1).replace_source_output(self._feature(_ITEM_SCALE, 1))
-                self.fixed[_ITEM_SCALE] = np.array(_data(factor), dtype=np.float32).reshape(1)
+                self.fixed[_ITEM_SCALE] = np.array(data_of(factor), dtype=np.float32).reshape(1)
 
     def use_packed_rows(self, model: openvino.Model) -> None:
         """Attention reads and gives packed rows, if the graph has any; where they stand is an input."""
@@ -160,15 +175,17 @@ class _Reader:
                 continue
             inputs = node.input_values()
             history = FUNCTIONS[call.function].history
-            rows = openvino_packing.packed_rows(_without_casts(inputs[history]), places)
-            inputs[history] = _without_casts(rows) if call.kernel.shape.bf16 else rows
-            made = self._attention([*inputs, self._feature(openvino_packing.STARTS, 1)], replace(call, jagged=True))
+            rows = openvino_packing.packed_rows(without_casts(inputs[history]), places)
+            inputs[history] = without_casts(rows) if call.kernel.shape.bf16 else rows
+            made = self._attention(
+                [*inputs, self._feature(openvino_packing.STARTS, 1)], dataclasses.replace(call, jagged=True)
+            )
             made.set_friendly_name(node.get_friendly_name())
             if call.function in openvino_packing.GIVES_HISTORY:
                 for packed in openvino_packing.packings(node.output(0), places):
-                    _replace(packed, made.output(0), "")
+                    replace_value(packed, made.output(0), "")
             else:
-                _replace(node.output(0), made.output(0), "")
+                replace_value(node.output(0), made.output(0), "")
 
     def separate_lookups(self, model: openvino.Model) -> None:
         """No cast reads a lookup in a table itself."""
@@ -185,24 +202,34 @@ class _Reader:
         """An int8 W_o, the product of what attention gives, reads int8 rows that attention has made."""
         for node in model.get_ordered_ops():
             if node.get_type_name() == "MatMul":
-                value, passed = _source(node.input_value(0))
-                call = self._call_of(value.get_node())
-                if call is not None and "FakeQuantize" in passed:
-                    self._quantize_rows(node, value.get_node(), replace(call, output=Type.i8))
+                value, passed = source_of(node.input_value(0))
+                rows = self.narrow_attention(value) if "FakeQuantize" in passed else None
+                if rows is not None:
+                    self._quantize_rows(node, rows)
 
-    def _quantize_rows(self, node: Any, attention: Any, call: AttentionCall) -> None:
-        """The product reads int8 rows from attention itself; its result is multiplied by the rows' scales."""
-        made = self._attention(attention.input_values(), call)
+    def narrow_attention(self, value: Any) -> Any | None:
+        """An attention that gives `value` as int8 rows and their scales; None when no attention gives it."""
+        attention = value.get_node()
+        call = self._call_of(attention)
+        if call is None:
+            return None
+        made = self._attention(attention.input_values(), dataclasses.replace(call, output=Type.i8))
         made.set_friendly_name(attention.get_friendly_name())
+        return made
+
+    def _quantize_rows(self, node: Any, made: Any) -> None:
+        """The product reads int8 rows from attention itself; its result is multiplied by the rows' scales."""
         # OpenVINO multiplies in int8 what a cast and a constant scale make of int8 (a scale of 1 it would drop).
         rows = opset13.multiply(opset13.convert(made.output(0), Type.f32), np.float32(1 / 128))
         product = opset13.matmul(rows, _float32_weight(node.input_value(1)), False, False)
         scaled = opset13.multiply(product, opset13.multiply(made.output(1), np.float32(128))).output(0)
         for reader in node.output(0).get_target_inputs():
             if reader.get_node().get_type_name() == "Convert" and reader.get_node().get_element_type() == Type.f32:
-                _replace(reader.get_node().output(0), scaled, "")  # no rounding to the graph's float type in between
+                replace_value(
+                    reader.get_node().output(0), scaled, ""
+                )  # no rounding to the graph's float type in between
         given = node.get_output_element_type(0)
-        _replace(node.output(0), scaled if given == Type.f32 else opset13.convert(scaled, given).output(0), "")
+        replace_value(node.output(0), scaled if given == Type.f32 else opset13.convert(scaled, given).output(0), "")
 
     def replace_item_head(self, model: openvino.Model) -> None:
         """The exact top K comes from the kernel, where the graph scores with the item table itself."""
@@ -214,14 +241,14 @@ class _Reader:
                 continue
             embedding, table, factors = found
             head = HeadCall(
-                kernel=ItemHead(self._library, table, factors),
+                kernel=self._weights.item_head(table, factors),
                 results=node.output(0).get_partial_shape()[1].get_length(),
             )
             made = self._operations.item_head(embedding, head)
             made.set_friendly_name(node.get_friendly_name())
-            _replace(node.output(0), made.output(0), node.get_friendly_name())
+            replace_value(node.output(0), made.output(0), node.get_friendly_name())
             index_type = node.output(1).get_element_type()
-            _replace(node.output(1), opset13.convert(made.output(1), index_type).output(0), "")
+            replace_value(node.output(1), opset13.convert(made.output(1), index_type).output(0), "")
 
     def remove_times(self, model: openvino.Model) -> None:
         """Times are no inputs; ArtifactError names a value that the answers depend on and that comes from them."""
@@ -258,10 +285,10 @@ class _Reader:
 
     def _table(self, value: Any) -> Array:
         """A bias table as float32, whatever type the file stores it in."""
-        node = _without_casts(value).get_node()
+        node = without_casts(value).get_node()
         if node.get_type_name() != "Constant":
             raise ArtifactError(f"{self._path}: a bias table is computed, not stored", got=node.get_friendly_name())
-        data = _data(node)
+        data = data_of(node)
         if data.dtype == np.uint16:
             return (data.astype(np.uint32) << 16).view(np.float32)
         return np.ascontiguousarray(data, dtype=np.float32)
@@ -272,11 +299,11 @@ def _item_head(top_k: Any) -> tuple[Any, Array, Array] | None:
     scores = top_k.input_value(0).get_node()
     if scores.get_type_name() != "Multiply" or scores.input_value(1).get_node().get_type_name() != "Constant":
         return None
-    factors = _data(scores.input_value(1).get_node())
-    products = next((node for node in _chain(scores) if node.get_type_name() == "MatMul"), None)
-    if products is None or not _constant_name(products.input_value(1)):
+    factors = data_of(scores.input_value(1).get_node())
+    products = next((node for node in chain(scores) if node.get_type_name() == "MatMul"), None)
+    if products is None or not constant_name(products.input_value(1)):
         return None
-    table = _data(_without_casts(products.input_value(1)).get_node())
+    table = data_of(without_casts(products.input_value(1)).get_node())
     if factors.dtype != np.float32 or factors.shape != (len(table) - 1,):
         return None
     return products.input_value(0), table[1:], factors
@@ -285,63 +312,5 @@ def _item_head(top_k: Any) -> tuple[Any, Array, Array] | None:
 def _float32_weight(value: Any) -> Any:
     """A weight int8 [K, N] times its scales, in float32 whatever float type the graph multiplies it in."""
     scaled = value.get_node()
-    quantized, _ = _source(scaled.input_value(0))
+    quantized, _ = source_of(scaled.input_value(0))
     return opset13.multiply(opset13.convert(quantized, Type.f32), opset13.convert(scaled.input_value(1), Type.f32))
-
-
-def _chain(node: Any) -> Iterator[Any]:
-    """What a node's first inputs come from, one after the other, as long as each is one of what a Gemm is made of."""
-    while node.get_type_name() in ("Multiply", "Slice", "StridedSlice", "Add"):
-        node = node.input_value(0).get_node()
-        yield node
-
-
-def _source(value: Any) -> tuple[Any, set[str]]:
-    """Where a value was computed, before casts and quantisation, and which of those it has passed since."""
-    passed: set[str] = set()
-    while value.get_node().get_type_name() in ("Convert", "FakeQuantize", "Subtract", "Multiply"):
-        passed.add(value.get_node().get_type_name())
-        value = value.get_node().input_value(0)
-    return value, passed
-
-
-def _without_casts(value: Any) -> Any:
-    while value.get_node().get_type_name() == "Convert":
-        value = value.get_node().input_value(0)
-    return value
-
-
-def _constant_name(value: Any) -> str:
-    """The name of the constant a value is, whatever type it is cast to; "" when it is none."""
-    node = _without_casts(value).get_node()
-    return str(node.get_friendly_name()) if node.get_type_name() == "Constant" else ""
-
-
-def _data(constant: Any) -> Array:
-    """A constant's own memory; bfloat16 as uint16."""
-    data: Array = constant.data
-    return data.view(np.uint16) if constant.get_element_type() == Type.bf16 else data
-
-
-def _replace(old: Any, new: Any, name: str) -> None:
-    """Whatever reads `old` reads `new`, which has its name if one is given."""
-    for reader in old.get_target_inputs():
-        reader.replace_source_output(new)
-    names = old.get_tensor().get_names()
-    if names:
-        old.get_tensor().set_names(set())
-        new.get_tensor().set_names(names)
-    if name:
-        new.get_node().set_friendly_name(name)
-
-
-def _ancestors(node: Any) -> set[str]:
-    """Names of everything a node is computed from."""
-    names: set[str] = set()
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if current.get_friendly_name() not in names:
-            names.add(current.get_friendly_name())
-            pending += [value.get_node() for value in current.input_values()]
-    return names

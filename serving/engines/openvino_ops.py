@@ -8,7 +8,6 @@ which go with any but cost a tenth of a millisecond a call. Tensors of bfloat16 
 from __future__ import annotations
 
 import ctypes
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +20,7 @@ from openvino.utils.node_factory import NodeFactory
 from kernels.cpu.library import BFLOAT16, FLOAT32, INT8
 from kernels.hstu_attention.cpu import CANDIDATES, CAUSAL, QUERIES, Attention
 from kernels.item_head.cpu import ItemHead
+from kernels.projection.cpu import PackedWeight
 from serving import time_features
 from serving.engine import Array
 
@@ -53,6 +53,15 @@ class HeadCall:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProjectionCall:
+    """A product by a packed weight; with `epsilon` of rows that are normalised first."""
+
+    kernel: PackedWeight
+    output: Type
+    epsilon: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Function:
     """Where the inputs of a function of the domain `hstu` stand; bias tables, which are its last two, are constants.
 
@@ -73,11 +82,6 @@ class Function:
         """Which input has the rows of the history, or what is new of it."""
         return self.projections[-1]
 
-    @property
-    def extends_queries(self) -> bool:
-        """Whether single rows see cached and new events."""
-        return self.cache is not None and self.mode == QUERIES
-
 
 FUNCTIONS = {
     "HSTUAttention": Function(mode=CAUSAL, projections=(0,), buckets=1, feature=time_features.HISTORY_BUCKETS),
@@ -94,6 +98,9 @@ FUNCTIONS = {
 }
 
 
+_TYPES = {Type.f32: FLOAT32, Type.bf16: BFLOAT16, Type.i8: INT8}
+
+
 class Operations(Protocol):
     """Makes the operations of a graph."""
 
@@ -104,6 +111,9 @@ class Operations(Protocol):
 
     def item_head(self, embedding: Any, call: HeadCall) -> Any:
         """A node with the K best items (user_embedding [B, D]) -> scores float32 [B, K], indices int32 [B, K]."""
+
+    def projection(self, inputs: list[Any], call: ProjectionCall) -> Any:
+        """A node with the product (rows [.., K], of int8 their scales [.., 1], residual if any [.., N]) -> [.., N]."""
 
 
 class NativeOperations:
@@ -120,9 +130,7 @@ class NativeOperations:
     def attention(self, inputs: list[Any], call: AttentionCall) -> Any:
         """A node that computes the call of these inputs."""
         function = FUNCTIONS[call.function]
-        if function.extends_queries:  # once a model: not worth another form
-            return AttentionOp(inputs, call)
-        out_type = {Type.f32: FLOAT32, Type.bf16: BFLOAT16, Type.i8: INT8}[call.output]
+        out_type = _TYPES[call.output]
         prepared = call.kernel.prepared(function.mode, out_type)
         self._kept += [call, prepared]
         attributes = {"call": ctypes.addressof(prepared), "function": call.kernel.function}
@@ -135,6 +143,13 @@ class NativeOperations:
         self._kept += [call, prepared]
         attributes = {"call": ctypes.addressof(prepared), "function": call.kernel.function}
         return self._factory.create("HSTUKernelItemHead", [embedding], attributes)
+
+    def projection(self, inputs: list[Any], call: ProjectionCall) -> Any:
+        """A node with the product."""
+        prepared = call.kernel.prepared(_TYPES[call.output], call.epsilon)
+        self._kept += [call, prepared]
+        attributes = {"call": ctypes.addressof(prepared), "function": call.kernel.function}
+        return self._factory.create("HSTUKernelProjection", inputs, attributes)
 
 
 class PythonOperations:
@@ -149,6 +164,10 @@ class PythonOperations:
     def item_head(self, embedding: Any, call: HeadCall) -> Any:
         """A node with the K best items of each user."""
         return ItemHeadOp([embedding], call)
+
+    def projection(self, inputs: list[Any], call: ProjectionCall) -> Any:
+        """A node with the product."""
+        return ProjectionOp(inputs, call)
 
 
 class KernelOp(openvino.Op):
@@ -221,10 +240,9 @@ class AttentionOp(KernelOp):
                     arrays[0], arrays[2], integers, out=out, out_scales=scales, cache=cached, starts=starts
                 )
             else:
-                kv = (
-                    arrays[1] if starts is None else _padded(arrays[1], starts, arrays[3].shape[2] - cached[0].shape[1])
+                kernel.queries(
+                    arrays[0], arrays[1], arrays[3], integers, out=out, out_scales=scales, cache=cached, starts=starts
                 )
-                _extend_queries(kernel, arrays[0], kv, arrays[3], integers, out, scales, cached)
         elif function.mode == CAUSAL:
             kernel.attention(arrays[0], arrays[1], integers, out=out, out_scales=scales, starts=starts)
         elif function.mode == QUERIES:
@@ -242,44 +260,6 @@ class AttentionOp(KernelOp):
                 k_offset=self.call.k_offset,
             )
         return True
-
-
-def _padded(rows: Array, starts: Array, width: int) -> Array:
-    """Jagged rows [1, T, ·] as [B, width, ·], zero after each user's."""
-    padded = np.zeros((len(starts) - 1, width, rows.shape[2]), rows.dtype)
-    for user, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
-        padded[user, : end - start] = rows[0, start:end]
-    return padded
-
-
-def _extend_queries(
-    kernel: Attention, uq: Array, kv: Array, buckets: Array, position: Array, out: Array, scales: Array | None,
-    cached: tuple[Array, Array],
-) -> None:  # fmt: skip
-    """`out` is what HSTUExtendQueryAttention gives: rows uq at `position` of the new events kv, after cached ones.
-
-    The kernel extends whole rows: those that are not asked for get no u and q, and are dropped again.
-    """
-    rows, cached_lengths = cached
-    if not cached_lengths.any():
-        alone = np.ascontiguousarray(buckets[:, :, rows.shape[1] :])
-        kernel.queries(uq, kv, alone, position, out=out, out_scales=scales)
-        return
-    values, half = kernel.shape.heads * kernel.shape.v_dim, kv.shape[2]
-    users, shape = np.arange(len(uq))[:, None], kv.shape[:2]
-    uvqk = np.zeros((*shape, 2 * half), kv.dtype)
-    u, v, q, k = np.split(uvqk, [values, 2 * values, values + half], axis=2)
-    k[:], v[:] = kv[:, :, :-values], kv[:, :, -values:]
-    u[users, position], q[users, position] = uq[:, :, :values], uq[:, :, values:]
-    of_all = np.zeros((*shape, buckets.shape[2]), buckets.dtype)
-    of_all[users, position] = buckets
-    all_out = np.empty((*shape, values), out.dtype)
-    all_scales = None if scales is None else np.empty((*shape, 1), np.float32)
-    lengths = position.max(axis=1) + 1
-    kernel.attention(uvqk, of_all, lengths, out=all_out, out_scales=all_scales, cache=cached)
-    out[:] = all_out[users, position]
-    if scales is not None and all_scales is not None:
-        scales[:] = all_scales[users, position]
 
 
 class ItemHeadOp(KernelOp):
@@ -301,6 +281,32 @@ class ItemHeadOp(KernelOp):
         for output in outputs:
             output.shape = [len(embeddings), self.call.results]
         self.call.kernel.top_items(embeddings, scores=outputs[0].data, indices=outputs[1].data)
+        return True
+
+
+class ProjectionOp(KernelOp):
+    """Rows times a packed weight (rows [.., K], of int8 their scales [.., 1], residual if any [.., N]) -> [.., N]."""
+
+    call: ProjectionCall
+
+    def validate_and_infer_types(self) -> None:
+        """As many rows as are given."""
+        shape = self.get_input_partial_shape(0)
+        shape[shape.rank.get_length() - 1] = Dimension(self.call.kernel.columns)
+        self.set_output_type(0, self.call.output, shape)
+
+    def evaluate(self, outputs: list[Tensor], inputs: list[Tensor]) -> bool:
+        """The kernel's answer stands in the output."""
+        rows, *others = (_array(tensor) for tensor in inputs)
+        scales = others.pop(0) if rows.dtype == np.int8 else None
+        outputs[0].shape = [*rows.shape[:-1], self.call.kernel.columns]
+        self.call.kernel.project(
+            rows,
+            out=_array(outputs[0]),
+            row_scales=scales,
+            epsilon=self.call.epsilon,
+            residual=others[0] if others else None,
+        )
         return True
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import openvino
 import pytest
+from openvino import Type
 
 from hstu.config import HSTUConfig
 from hstu.errors import ArtifactError, InputError, MissingBackendError
@@ -20,9 +21,11 @@ from hstu.signature import EntryName, entry_names
 from hstu.tolerances import TOLERANCES
 from kernels.cpu.library import LIBRARY, OPERATIONS
 from serving.engine import Array, EngineSpec, check_feeds, open_engine, read_spec
+from serving.engines import openvino_products
 from serving.engines.openvino import OpenVinoEngine
 from serving.engines.openvino_ops import KernelOp
 from serving.engines.openvino_plain import PlainOpenVinoEngine
+from serving.engines.openvino_products import takes
 from serving.engines.torch import TorchEngine
 from serving.self_check import check_independent, check_repeatable
 from stages import onnx_files, surgery
@@ -237,11 +240,43 @@ def test_the_kernels_are_in_the_graph(engine_folder: Folders) -> None:
     assert isinstance(engine, OpenVinoEngine)
     nodes = engine.compiled["retrieve"].get_runtime_model().get_ops()
     kinds = [node.get_rt_info()["layerType"].value for node in nodes]
-    assert kinds.count("Reference") == WIDE_CONFIG.num_layers + 1  # attention, and the item head
+    products = 2 * WIDE_CONFIG.num_layers + 1  # W_uvqk and W_o of all layers; the last W_uvqk is two
+    ours = products if takes(engine.library.isa, Type.i8) else 0
+    assert kinds.count("Reference") == WIDE_CONFIG.num_layers + 1 + ours  # attention, the item head, and products
     assert not {"TopK", "Softmax"} & set(kinds)
-    products = [node for node in nodes if "i8" in node.get_rt_info()["primitiveType"].value and "FullyConn" in str(
-        node.get_rt_info()["layerType"].value)]  # fmt: skip
-    assert len(products) == 2 * WIDE_CONFIG.num_layers + 1  # W_uvqk and W_o of all layers; the last W_uvqk is two
+    if ours:
+        assert not {"FullyConnected", "MatMul", "MVN", "FakeQuantize"} & set(kinds)
+    else:
+        kept = [node for node in nodes if "i8" in node.get_rt_info()["primitiveType"].value and "FullyConn" in str(
+            node.get_rt_info()["layerType"].value)]  # fmt: skip
+        assert len(kept) == products
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_openvinos_own_products_take_the_place_of_ours(
+    engine_folder: Folders, eager: Mapping[str, TorchEngine], monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """As on a CPU for which our kernel has no fast form."""
+    monkeypatch.setattr(openvino_products, "takes", lambda isa, compute: False)
+    engine = open_engine(engine_folder("wide", precision), threads=1)
+    limit = TOLERANCES[precision[:4]].max_abs_error
+    for name in entry_names(WIDE_CONFIG):
+        for feeds in batches(WIDE_CONFIG, name):
+            expected = eager["wide"].run(name, feeds)
+            if precision != "fp32":
+                expected.pop("cache_rows", None)  # of any size
+            assert worst_error(expected, engine.run(name, feeds)) <= limit
+
+
+def test_entries_share_what_is_packed(engine_folder: Folders) -> None:
+    """Two thirds of the weights would otherwise be there once more."""
+    engine = open_engine(engine_folder("wide", "fp32"), threads=1)
+    assert isinstance(engine, OpenVinoEngine)
+    if not takes(engine.library.isa, Type.f32):
+        pytest.skip("products are OpenVINO's own here")
+    before = len(engine.weights)
+    engine.run("extend", batches(WIDE_CONFIG, "extend")[0])
+    assert len(engine.weights) == before > 2 * WIDE_CONFIG.num_layers
 
 
 def test_one_scale_a_row_is_better_than_one_for_all(engine_folder: Folders, eager: Mapping[str, TorchEngine]) -> None:
