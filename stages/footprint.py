@@ -56,9 +56,7 @@ def components(config: HSTUConfig) -> list[Component]:
 
 
 def _matrix(name: str, count: int, rows: int, columns: int, *, quantized: bool = True) -> Component:
-    scales = (
-        count * columns if quantized else 0
-    )  # what params.yaml leaves wide by default (build-engine.int8_keep_wide)
+    scales = count * columns if quantized else 0  # what is left wide by default where int8 has one scale for all rows
     return Component(name=name, parameters=count * rows * columns, kind="matrix", columns=scales)
 
 

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "hstu_attention/call.h"
@@ -51,44 +52,15 @@ std::vector<int64_t> integers(const ov::Tensor& tensor) {
     return values;
 }
 
-// Inputs as the function's (see the domain `hstu`), without the bias tables; buckets are uint8. A jagged call has one
-// more: where the rows of each user's history, [1, rows of all users, columns], start.
-class Attention : public ov::op::Op {
-public:
-    OPENVINO_OP("HSTUKernelAttention", "hstu");
-    Attention() = default;
+// One attention call on tensors: its inputs are the function's (see the domain `hstu`), without the bias tables; buckets
+// are uint8. A jagged call has one more: where the rows of each user's history, [1, rows of all users, columns], start.
+struct AttentionOf {
+    int64_t prepared = 0, function = 0, v_offset = 0, k_offset = 0, layer = 0, jagged = 0;
 
-    void validate_and_infer_types() override {
-        const auto& rows = get_input_partial_shape(rows_input());
-        const auto columns = call().heads * call().v_dim;
-        const auto output = kTypes[call().out_type];
-        set_output_size(output == ov::element::i8 ? 2 : 1);
-        set_output_type(0, output, {rows[0], rows[1], columns});
-        if (output == ov::element::i8) set_output_type(1, ov::element::f32, {rows[0], rows[1], 1});
-    }
+    const hstu::Call& call() const { return *reinterpret_cast<const hstu::Call*>(prepared); }
+    size_t rows_input() const { return call().mode == hstu::kCandidates ? 1 : 0; }
 
-    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-        auto clone = std::make_shared<Attention>();
-        clone->m_call = m_call, clone->m_function = m_function, clone->m_layer = m_layer;
-        clone->m_v_offset = m_v_offset, clone->m_k_offset = m_k_offset, clone->m_jagged = m_jagged;
-        clone->set_arguments(inputs);
-        clone->constructor_validate_and_infer_types();
-        return clone;
-    }
-
-    bool visit_attributes(ov::AttributeVisitor& visitor) override {
-        visitor.on_attribute("call", m_call);
-        visitor.on_attribute("function", m_function);
-        visitor.on_attribute("v_offset", m_v_offset);
-        visitor.on_attribute("k_offset", m_k_offset);
-        visitor.on_attribute("layer", m_layer);
-        visitor.on_attribute("jagged", m_jagged);
-        return true;
-    }
-
-    bool has_evaluate() const override { return true; }
-
-    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
         hstu::Call c = call();
         const ov::Tensor& rows = inputs[rows_input()];
         const auto shape = rows.get_shape();
@@ -101,8 +73,8 @@ public:
             c.out_scales = outputs[1].data<float>();
         }
         std::vector<int64_t> positions, seen, before, starts;
-        const size_t last = inputs.size() - (m_jagged ? 2 : 1);
-        if (m_jagged) starts = integers(inputs.back());
+        const size_t last = inputs.size() - (jagged ? 2 : 1);
+        if (jagged) starts = integers(inputs.back());
         if (c.mode == hstu::kQueries) {
             c.u = rows_of(rows, 0), c.q = rows_of(rows, hv);
             const bool cached = last == 5;  // of a history that is extended
@@ -131,7 +103,7 @@ public:
             positions = integers(inputs[last]);
             if (causal) {
                 c.lengths = positions.data();
-                if (m_jagged) {
+                if (jagged) {
                     c.batch = static_cast<int64_t>(positions.size());
                     c.queries = positions.empty() ? 0 : *std::max_element(positions.begin(), positions.end());
                 }
@@ -141,21 +113,15 @@ public:
                     c.prefix_lengths = seen.data();
                 }
             } else {
-                set_prefix(c, inputs[0], m_k_offset, m_v_offset);
+                set_prefix(c, inputs[0], k_offset, v_offset);
                 c.positions = c.prefix_lengths = positions.data(), c.position_batch_stride = 1;
             }
         }
-        if (m_jagged) set_starts(c, inputs[c.mode == hstu::kQueries ? 1 : 0], starts);  // the history, or what is new of it
-        const char* error = reinterpret_cast<AttentionFunction>(m_function)(&c);
+        if (jagged) set_starts(c, inputs[c.mode == hstu::kQueries ? 1 : 0], starts);  // the history, or what is new of it
+        const char* error = reinterpret_cast<AttentionFunction>(function)(&c);
         OPENVINO_ASSERT(error == nullptr, "the attention kernel refuses the call: ", error ? error : "");
         return true;
     }
-
-private:
-    int64_t m_call = 0, m_function = 0, m_v_offset = 0, m_k_offset = 0, m_layer = 0, m_jagged = 0;
-
-    const hstu::Call& call() const { return *reinterpret_cast<const hstu::Call*>(m_call); }
-    size_t rows_input() const { return call().mode == hstu::kCandidates ? 1 : 0; }
 
     static void set_prefix(hstu::Call& c, const ov::Tensor& tensor, int64_t k_column, int64_t v_column) {
         c.prefix_rows = static_cast<int64_t>(tensor.get_shape()[1]), c.prefix_type = float_type(tensor);
@@ -180,7 +146,7 @@ private:
     void set_cache(hstu::Call& c, const ov::Tensor& tensor) const {
         const auto& shape = tensor.get_shape();
         const auto rows = static_cast<int64_t>(shape[2]), width = static_cast<int64_t>(shape[3]);
-        const int64_t first = m_layer * rows * width, user = static_cast<int64_t>(shape[1]) * rows * width;
+        const int64_t first = layer * rows * width, user = static_cast<int64_t>(shape[1]) * rows * width;
         c.prefix_rows = c.own_bucket_column = rows, c.prefix_type = float_type(tensor), c.prefix_activated = 1;
         c.prefix_k = {at(tensor, first), width, user, nullptr};
         c.prefix_v = {at(tensor, first + c.heads * c.qk_dim), width, user, nullptr};
@@ -192,6 +158,48 @@ private:
         c.bucket_row_stride = shape[1] > 1 ? static_cast<int64_t>(shape[2]) : 0;
         c.bucket_batch_stride = static_cast<int64_t>(shape[1] * shape[2]);
     }
+};
+
+class Attention : public ov::op::Op {
+public:
+    OPENVINO_OP("HSTUKernelAttention", "hstu");
+    Attention() = default;
+
+    void validate_and_infer_types() override {
+        const auto& rows = get_input_partial_shape(m_of.rows_input());
+        const auto columns = m_of.call().heads * m_of.call().v_dim;
+        const auto output = kTypes[m_of.call().out_type];
+        set_output_size(output == ov::element::i8 ? 2 : 1);
+        set_output_type(0, output, {rows[0], rows[1], columns});
+        if (output == ov::element::i8) set_output_type(1, ov::element::f32, {rows[0], rows[1], 1});
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+        auto clone = std::make_shared<Attention>();
+        clone->m_of = m_of;
+        clone->set_arguments(inputs);
+        clone->constructor_validate_and_infer_types();
+        return clone;
+    }
+
+    bool visit_attributes(ov::AttributeVisitor& visitor) override {
+        visitor.on_attribute("call", m_of.prepared);
+        visitor.on_attribute("function", m_of.function);
+        visitor.on_attribute("v_offset", m_of.v_offset);
+        visitor.on_attribute("k_offset", m_of.k_offset);
+        visitor.on_attribute("layer", m_of.layer);
+        visitor.on_attribute("jagged", m_of.jagged);
+        return true;
+    }
+
+    bool has_evaluate() const override { return true; }
+
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+        return m_of.evaluate(outputs, inputs);
+    }
+
+private:
+    AttentionOf m_of;
 };
 
 // (user embeddings float32 [users, dim]) -> scores float32 and indices int32 [users, results]
@@ -239,36 +247,14 @@ private:
     const hstu::HeadCall& call() const { return *reinterpret_cast<const hstu::HeadCall*>(m_call); }
 };
 
-// rows [.., depth] (int8: and their scales float32 [.., 1]), residual float32 [.., columns] if there is one
-// -> [.., columns]
-class Projection : public ov::op::Op {
-public:
-    OPENVINO_OP("HSTUKernelProjection", "hstu");
-    Projection() = default;
+// One product on tensors: rows [.., depth] (int8: and their scales float32 [.., 1]), residual float32 [.., columns] if
+// there is one -> [.., columns].
+struct ProjectionOf {
+    int64_t prepared = 0, function = 0;
 
-    void validate_and_infer_types() override {
-        ov::PartialShape shape = get_input_partial_shape(0);
-        shape[shape.size() - 1] = call().columns;
-        set_output_type(0, kTypes[call().out_type], shape);
-    }
+    const hstu::ProjectionCall& call() const { return *reinterpret_cast<const hstu::ProjectionCall*>(prepared); }
 
-    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-        auto clone = std::make_shared<Projection>();
-        clone->m_call = m_call, clone->m_function = m_function;
-        clone->set_arguments(inputs);
-        clone->constructor_validate_and_infer_types();
-        return clone;
-    }
-
-    bool visit_attributes(ov::AttributeVisitor& visitor) override {
-        visitor.on_attribute("call", m_call);
-        visitor.on_attribute("function", m_function);
-        return true;
-    }
-
-    bool has_evaluate() const override { return true; }
-
-    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
         hstu::ProjectionCall c = call();
         ov::Shape shape = inputs[0].get_shape();
         shape.back() = static_cast<size_t>(c.columns);
@@ -280,19 +266,161 @@ public:
         if (inputs.size() > (narrow ? 2u : 1u)) c.residual = inputs.back().data<const float>();
         OPENVINO_ASSERT(!c.residual || inputs.back().get_size() == outputs[0].get_size(), "a residual of another shape");
         c.out = outputs[0].data(), c.out_type = float_type(outputs[0]);
-        const char* error = reinterpret_cast<ProjectionFunction>(m_function)(&c);
+        const char* error = reinterpret_cast<ProjectionFunction>(function)(&c);
         OPENVINO_ASSERT(error == nullptr, "the projection kernel refuses the call: ", error ? error : "");
         return true;
     }
+};
+
+class Projection : public ov::op::Op {
+public:
+    OPENVINO_OP("HSTUKernelProjection", "hstu");
+    Projection() = default;
+
+    void validate_and_infer_types() override {
+        ov::PartialShape shape = get_input_partial_shape(0);
+        shape[shape.size() - 1] = m_of.call().columns;
+        set_output_type(0, kTypes[m_of.call().out_type], shape);
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+        auto clone = std::make_shared<Projection>();
+        clone->m_of = m_of;
+        clone->set_arguments(inputs);
+        clone->constructor_validate_and_infer_types();
+        return clone;
+    }
+
+    bool visit_attributes(ov::AttributeVisitor& visitor) override {
+        visitor.on_attribute("call", m_of.prepared);
+        visitor.on_attribute("function", m_of.function);
+        return true;
+    }
+
+    bool has_evaluate() const override { return true; }
+
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+        return m_of.evaluate(outputs, inputs);
+    }
 
 private:
-    int64_t m_call = 0, m_function = 0;
+    ProjectionOf m_of;
+};
 
-    const hstu::ProjectionCall& call() const { return *reinterpret_cast<const hstu::ProjectionCall*>(m_call); }
+// Memory for what stands between the products of a layer; kept, as fresh pages would cost more than some layers.
+class Scratch {
+public:
+    explicit Scratch(size_t bytes) {
+        {
+            const std::lock_guard<std::mutex> guard(lock());
+            if (!pool().empty()) {
+                m_tensor = pool().back();
+                pool().pop_back();
+            }
+        }
+        if (!m_tensor || m_tensor.get_byte_size() < bytes) m_tensor = ov::Tensor(ov::element::u8, {bytes});
+        m_next = static_cast<char*>(m_tensor.data());
+    }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    ~Scratch() {
+        const std::lock_guard<std::mutex> guard(lock());
+        pool().push_back(m_tensor);
+    }
+
+    static size_t size_of(const ov::element::Type& type, const ov::Shape& shape) {
+        return (ov::shape_size(shape) * type.size() + 63) / 64 * 64;
+    }
+    ov::Tensor tensor(const ov::element::Type& type, const ov::Shape& shape) {
+        ov::Tensor made(type, shape, m_next);
+        m_next += size_of(type, shape);
+        return made;
+    }
+
+private:
+    ov::Tensor m_tensor;
+    char* m_next;
+    static std::mutex& lock() {
+        static std::mutex it;
+        return it;
+    }
+    static std::vector<ov::Tensor>& pool() {
+        static std::vector<ov::Tensor> it;
+        return it;
+    }
+};
+
+// A layer as one operation: its projections, attention, and W_o. Inputs: what each projection reads, the residual, and
+// those of attention after its rows -> the residual and what the layer adds to it.
+class Layer : public ov::op::Op {
+public:
+    OPENVINO_OP("HSTUKernelLayer", "hstu");
+    Layer() = default;
+
+    void validate_and_infer_types() override {
+        set_output_type(0, ov::element::f32, get_input_partial_shape(projections()));
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+        auto clone = std::make_shared<Layer>();
+        clone->m_first = m_first, clone->m_second = m_second, clone->m_last = m_last, clone->m_attention = m_attention;
+        clone->set_arguments(inputs);
+        clone->constructor_validate_and_infer_types();
+        return clone;
+    }
+
+    bool visit_attributes(ov::AttributeVisitor& visitor) override {
+        visitor.on_attribute("first", m_first.prepared);
+        visitor.on_attribute("second", m_second.prepared);
+        visitor.on_attribute("last", m_last.prepared);
+        visitor.on_attribute("project", m_last.function);
+        visitor.on_attribute("call", m_attention.prepared);
+        visitor.on_attribute("function", m_attention.function);
+        visitor.on_attribute("jagged", m_attention.jagged);
+        m_first.function = m_second.function = m_last.function;
+        return true;
+    }
+
+    bool has_evaluate() const override { return true; }
+
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+        const size_t count = projections();
+        const ProjectionOf* const projects[] = {&m_first, &m_second};
+        const hstu::Call& call = m_attention.call();
+        ov::Shape shapes[2], gated = inputs[0].get_shape(), scales = gated;
+        size_t bytes = 0;
+        for (size_t i = 0; i < count; ++i) {
+            shapes[i] = inputs[i].get_shape();
+            shapes[i].back() = static_cast<size_t>(projects[i]->call().columns);
+            bytes += Scratch::size_of(kTypes[projects[i]->call().out_type], shapes[i]);
+        }
+        gated.back() = static_cast<size_t>(call.heads * call.v_dim), scales.back() = 1;
+        const auto type = kTypes[call.out_type];
+        Scratch scratch(bytes + Scratch::size_of(type, gated) + Scratch::size_of(ov::element::f32, scales));
+        ov::TensorVector attended, rows;
+        for (size_t i = 0; i < count; ++i) {
+            ov::TensorVector made{scratch.tensor(kTypes[projects[i]->call().out_type], shapes[i])};
+            projects[i]->evaluate(made, {inputs[i]});
+            attended.push_back(made[0]);
+        }
+        attended.insert(attended.end(), inputs.begin() + static_cast<int64_t>(count) + 1, inputs.end());
+        rows.push_back(scratch.tensor(type, gated));
+        if (type == ov::element::i8) rows.push_back(scratch.tensor(ov::element::f32, scales));
+        m_attention.evaluate(rows, attended);
+        rows.push_back(inputs[count]);
+        return m_last.evaluate(outputs, rows);
+    }
+
+private:
+    ProjectionOf m_first, m_second, m_last;  // m_second: k and v, where u and q are of other rows
+    AttentionOf m_attention;
+
+    size_t projections() const { return m_second.prepared ? 2 : 1; }
 };
 
 }  // namespace
 
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>(
     {std::make_shared<ov::OpExtension<Attention>>(), std::make_shared<ov::OpExtension<ItemHead>>(),
-     std::make_shared<ov::OpExtension<Projection>>()}))
+     std::make_shared<ov::OpExtension<Projection>>(),
+     std::make_shared<ov::OpExtension<Layer>>()}))

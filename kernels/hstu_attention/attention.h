@@ -14,7 +14,8 @@ using hstu::Rows;
 using hstu::Runtime;
 
 constexpr int64_t kBlock = 64;            // keys in a block
-constexpr int64_t kStrip = 48;            // query rows that share a walk over the blocks
+constexpr int64_t kStrip = 48;            // query rows that share a walk over the blocks, at most
+constexpr int64_t kParts = 2;             // of a block, or strips of a strip, where whole ones are too few to share out
 constexpr int64_t kGroupBytes = 64 << 20;  // at most so much scratch for the users in flight, or one user
 
 template <class T>
@@ -136,13 +137,13 @@ struct Attention {
         });
     }
 
-    // Block `block` of user b's keys at `out`, head after head, each keys, then values; absent keys are zero.
+    // Keys [from, to) of block `block` of user b at `out`, head after head, each keys, then values; absent ones are zero.
     // Rows are read whole, one after the other: a head's part of a row is far from its part of the next.
-    void pack_block(int64_t b, int64_t block, uint32_t* out, uint32_t* scratch) const {
+    void pack_block(int64_t b, int64_t block, uint32_t* out, uint32_t* scratch, int64_t from = 0, int64_t to = kBlock) const {
         const int64_t begin = block * kBlock, count = min(kBlock, keys_of(b) - begin);
         uint32_t* rows = scratch;  // [key][head][k_stride]
         float* pair = reinterpret_cast<float*>(scratch + kBlock * q_stride);  // [2][head][v_lanes]
-        for (int64_t i = 0; i < kBlock; ++i) {
+        for (int64_t i = from; i < to; ++i) {
             uint32_t* k = rows + i * q_stride;
             uint32_t* packed = out + key_words + i / kPack * v_lanes;
             float* v = kPack == 1 ? reinterpret_cast<float*>(packed) : pair + i % 2 * o_stride;
@@ -160,7 +161,7 @@ struct Attention {
                                        Simd::load(pair + o_stride + head * v_lanes + d));
         }
         for (int64_t head = 0; head < heads; ++head)
-            for (int64_t key = 0; key < kBlock; key += kLanes)
+            for (int64_t key = from; key < to; key += kLanes)
                 for (int64_t w = 0; w < k_words; w += kLanes)
                     Simd::transpose(rows + key * q_stride + head * k_stride + w, q_stride,
                                     out + head * block_words + key / kPanel * kPanel * k_words + w * kPanel + key % kPanel,
@@ -352,6 +353,12 @@ struct Attention {
             num_blocks += ceil_div(keys_of(b), kBlock);
             num_strips += ceil_div(rows_of(b), kStrip);
         }
+        const int64_t parts = runtime.workers > 1 && num_blocks < 4 * runtime.workers ? kParts : 1;
+        const int64_t strip = kStrip / parts;
+        if (parts > 1) {
+            num_strips = 0;
+            for (int64_t b = begin; b < end; ++b) num_strips += ceil_div(rows_of(b), strip);
+        }
         const int64_t words = num_blocks * heads * block_words;
         const int64_t bytes = round_up(words * 4, 64) + (num_blocks + num_strips) * sizeof(Work) + (end - begin) * 8;
         char* memory = static_cast<char*>(runtime.acquire(bytes));
@@ -363,21 +370,23 @@ struct Attention {
         for (int64_t b = begin; b < end; ++b) {
             first_block[b - begin] = num_blocks;
             for (int64_t i = 0; i < ceil_div(keys_of(b), kBlock); ++i) to_pack[num_blocks++] = {b, i};
-            for (int64_t i = ceil_div(rows_of(b), kStrip) - 1; i >= 0; --i) to_answer[num_strips++] = {b, i};  // longest first
+            for (int64_t i = ceil_div(rows_of(b), strip) - 1; i >= 0; --i) to_answer[num_strips++] = {b, i};  // longest first
         }
-        parallel(runtime, num_blocks, [=, this](int64_t item) {
+        parallel(runtime, num_blocks * parts, [=, this](int64_t item) {
             uint32_t* scratch = static_cast<uint32_t*>(runtime.local(pack_scratch()));
-            pack_block(to_pack[item].user, to_pack[item].index, packed + item * heads * block_words, scratch);
+            const int64_t block = item / parts, from = item % parts * (kBlock / parts);
+            pack_block(to_pack[block].user, to_pack[block].index, packed + block * heads * block_words, scratch, from,
+                       from + kBlock / parts);
         });
         parallel(runtime, num_strips, [=, this](int64_t item) {
-            const auto [b, strip] = to_answer[item];
-            answer_strip(b, strip, packed + first_block[b - begin] * heads * block_words);
+            const auto [b, index] = to_answer[item];
+            answer_strip(b, index * strip, strip, packed + first_block[b - begin] * heads * block_words);
         });
         runtime.release(memory);
     }
 
-    void answer_strip(int64_t b, int64_t strip, const uint32_t* packed) const {
-        const int64_t first = strip * kStrip, count = min(kStrip, rows_of(b) - first);
+    void answer_strip(int64_t b, int64_t first, int64_t most, const uint32_t* packed) const {
+        const int64_t count = min(most, rows_of(b) - first);
         int64_t seen = 0;
         for (int64_t r = 0; r < count; ++r) seen = max(seen, visible(b, first + r));
         const int64_t blocks = ceil_div(min(seen, keys_of(b)), kBlock);

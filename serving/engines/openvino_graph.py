@@ -35,6 +35,7 @@ from kernels.cpu.library import Array, Library
 from kernels.hstu_attention.cpu import Attention, Shape
 from serving import time_features
 from serving.engines import openvino_packing
+from serving.engines.openvino_layers import fuse_layers
 from serving.engines.openvino_nodes import (
     ancestors,
     chain,
@@ -76,9 +77,10 @@ def read_model(
     reader.keep_item_table(model)
     reader.use_packed_rows(model)
     reader.separate_lookups(model)
-    replace_products(
+    products = replace_products(
         model.get_ordered_ops(), library.isa, operations, weights, narrow_attention=reader.narrow_attention
     )
+    fuse_layers(products, operations, reader.call_of)
     reader.quantize_rows(model)
     reader.replace_item_head(model)
     features = [reader.features[name] for name in sorted(reader.features)]
@@ -131,13 +133,13 @@ class _Reader:
         return [self._attention(inputs, call).output(0)]
 
     def _attention(self, inputs: list[Any], call: AttentionCall) -> Any:
-        """An operation for the call, which `_call_of` finds again."""
+        """An operation for the call, which `call_of` finds again."""
         made = self._operations.attention(inputs, call)
         made.get_rt_info()[_CALL] = str(len(self.calls))
         self.calls.append(call)
         return made
 
-    def _call_of(self, node: Any) -> AttentionCall | None:
+    def call_of(self, node: Any) -> AttentionCall | None:
         """The call that a node is the operation of, if it is one."""
         info = node.get_rt_info()
         return self.calls[int(info[_CALL].value)] if _CALL in info else None
@@ -145,7 +147,7 @@ class _Reader:
     def replace_times(self, model: openvino.Model) -> None:
         """Buckets of attention and rows of the gap table are inputs, no longer computed from times."""
         for node in model.get_ordered_ops():
-            call = self._call_of(node)
+            call = self.call_of(node)
             if call is not None:
                 function = FUNCTIONS[call.function]
                 node.input(function.buckets).replace_source_output(self._feature(function.feature, 3))
@@ -170,7 +172,7 @@ class _Reader:
         if places is None:
             return
         for node in model.get_ordered_ops():
-            call = self._call_of(node)
+            call = self.call_of(node)
             if call is None:
                 continue
             inputs = node.input_values()
@@ -210,7 +212,7 @@ class _Reader:
     def narrow_attention(self, value: Any) -> Any | None:
         """An attention that gives `value` as int8 rows and their scales; None when no attention gives it."""
         attention = value.get_node()
-        call = self._call_of(attention)
+        call = self.call_of(attention)
         if call is None:
             return None
         made = self._attention(attention.input_values(), dataclasses.replace(call, output=Type.i8))

@@ -62,6 +62,15 @@ class ProjectionCall:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LayerCall:
+    """A layer: the projections that attention reads (uvqk, or uq and kv), attention, and W_o with the residual."""
+
+    projections: tuple[ProjectionCall, ...]
+    attention: AttentionCall
+    output: ProjectionCall
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Function:
     """Where the inputs of a function of the domain `hstu` stand; bias tables, which are its last two, are constants.
 
@@ -115,6 +124,10 @@ class Operations(Protocol):
     def projection(self, inputs: list[Any], call: ProjectionCall) -> Any:
         """A node with the product (rows [.., K], of int8 their scales [.., 1], residual if any [.., N]) -> [.., N]."""
 
+    def layer(self, inputs: list[Any], call: LayerCall) -> Any | None:
+        """A node with the whole layer (what each projection reads, residual, attention's inputs after its rows) ->
+        float32 of the residual's shape; None where there is no such operation."""
+
 
 class NativeOperations:
     """Operations compiled with the engine (kernels/cpu/openvino_ops.cpp)."""
@@ -151,6 +164,24 @@ class NativeOperations:
         attributes = {"call": ctypes.addressof(prepared), "function": call.kernel.function}
         return self._factory.create("HSTUKernelProjection", inputs, attributes)
 
+    def layer(self, inputs: list[Any], call: LayerCall) -> Any | None:
+        """A node with the whole layer."""
+        projections = [p.kernel.prepared(_TYPES[p.output], p.epsilon) for p in (*call.projections, call.output)]
+        mode = FUNCTIONS[call.attention.function].mode
+        attention = call.attention.kernel.prepared(mode, _TYPES[call.attention.output])
+        self._kept += [call, *projections, attention]
+        *read, last = map(ctypes.addressof, projections)
+        attributes = {
+            "first": read[0],
+            "second": read[1] if len(read) > 1 else 0,
+            "last": last,
+            "project": call.output.kernel.function,
+            "call": ctypes.addressof(attention),
+            "function": call.attention.kernel.function,
+            "jagged": int(call.attention.jagged),
+        }
+        return self._factory.create("HSTUKernelLayer", inputs, attributes)
+
 
 class PythonOperations:
     """Operations written in Python, for any version of OpenVINO."""
@@ -168,6 +199,10 @@ class PythonOperations:
     def projection(self, inputs: list[Any], call: ProjectionCall) -> Any:
         """A node with the product."""
         return ProjectionOp(inputs, call)
+
+    def layer(self, inputs: list[Any], call: LayerCall) -> Any | None:  # noqa: ARG002
+        """None: its parts go with any version of OpenVINO, one by one."""
+        return None
 
 
 class KernelOp(openvino.Op):

@@ -74,6 +74,15 @@ class _Weight:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Product:
+    """An operation of ours for a product; with `residual` the last of its inputs is added to it."""
+
+    node: Any
+    call: ProjectionCall
+    residual: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Ending:
     """The last value of a product and what is added to it."""
 
@@ -88,12 +97,13 @@ def replace_products(
     operations: Operations,
     weights: PackedWeights,
     narrow_attention: Callable[[Any], Any | None],
-) -> None:
-    """Every product by a layer's weight that `takes` allows is an operation of ours.
+) -> list[Product]:
+    """Every product by a layer's weight that `takes` allows is an operation of ours; these are returned.
 
     narrow_attention(value) is a node that gives the int8 rows and scales that stand for an attention's output, or None
     when the value is no such output.
     """
+    products = []
     for node in nodes:
         if node.get_type_name() != "MatMul" or node.get_attributes()["transpose_b"]:
             continue
@@ -126,6 +136,8 @@ def replace_products(
         made = operations.projection(inputs, call)
         made.set_friendly_name(node.get_friendly_name())
         replace_value(ending.value, made.output(0), "")
+        products.append(Product(node=made, call=call, residual=ending.residual is not None))
+    return products
 
 
 def _weight(product: Any) -> _Weight | None:
