@@ -29,7 +29,7 @@ class Target:
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8")
     native_bf16: bool  # False: bf16 graphs compute in float32 and round
     around_int8: str  # what int8 leaves is in this type, unless build-engine.int8_around says otherwise
-    int8_keep_wide: tuple[str, ...] = ("output", "hidden", "logits")  # unless build-engine.int8_keep_wide says otherwise
+    int8_keep_wide: tuple[str, ...] = ("output", "hidden", "logits")  # unless the parameter of that name says otherwise
     packed: bool = False  # graphs without padding are the faster ones (docs/PERFORMANCE.md)
     builder: Product | None = None  # what compiles the ONNX files further
     add_files: Callable[[Path], None] | None = None  # writes what the engine needs besides the graphs
