@@ -24,7 +24,7 @@ def variants(dtype: str, head_dim: int) -> Iterator[Kernel]:
         for entry in ("pointer", "gated", "tma"):
             if entry != "tma" or (dtype != "fp32" and head_dim in (64, 128)):
                 yield _kernel(dtype, head_dim, bias, entry)
-    if head_dim <= 64:  # heads of 128 have no sound config within 48 KiB of shared memory
+    if head_dim <= 64:  # heads of 128 have no sound config within 48 KiB of shared memory on sm_80
         yield padded(dtype, head_dim)
 
 
