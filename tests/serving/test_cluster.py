@@ -65,6 +65,8 @@ def test_a_killed_replica_and_a_new_bundle_cost_nobody_an_answer(bundle: Bundle,
     assert newer.artifact.id != bundle.artifact.id
 
     async def scenario(server: Server) -> None:
+        while "replicas serve bundle" not in log.read_text():  # the first is ready; users move when the second joins
+            await asyncio.sleep(0.5)
         users = users_of(server, bundle, 16)
         first = Tally()
         await asyncio.gather(*(user.begin(first) for user in users))
