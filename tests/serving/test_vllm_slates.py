@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +90,19 @@ def test_pytorch_searches_like_the_kernel(cramped: VllmRuntime, vllm_model: HSTU
 
 
 def test_the_paged_ops_attend_like_the_kernel(tmp_path: Path) -> None:
-    """The plan that GPU kernels get, through vLLM's whole step, on a CPU: slates by decoding, and embeddings."""
+    """The plan that GPU kernels get, through vLLM's whole step, on a CPU: slates by decoding, and embeddings.
+
+    In a process of its own: beside engines of the other attention it leaves torch.export unable to export.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        pool.submit(_attend_by_paged_ops, tmp_path).result()
+
+
+def _attend_by_paged_ops(folder: Path) -> None:
     model = random_model(replace(CONFIG, qk_dim=8))
-    folder = write_model_folder(tmp_path / "even", model)
+    write_model_folder(folder / "even", model)
     runtime = VllmRuntime(
-        folder, kv_cache_mib=64, max_num_batched_tokens=64, additional_config={"hstu_attention": "ops"}
+        folder / "even", kv_cache_mib=64, max_num_batched_tokens=64, additional_config={"hstu_attention": "ops"}
     )
     histories, slate = random_histories(CONFIG, num_users=12, seed=60), Slate(num_items=5, exclude_history=True)
     expected = make_slates(model, _padded(histories, model), slate)
