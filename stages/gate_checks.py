@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from hstu.tolerances import TOLERANCES
@@ -68,7 +68,10 @@ def compare_results(current: Mapping[str, Any], accepted: Mapping[str, Any], par
             checks.append(
                 Check(kind="coverage", what=name, status="fail", got=f"no {', '.join(missing)}", limit="as before")
             )
-        checks += _correctness(name, new, old, params)
+        found = _correctness(name, new, old, params)
+        if old["runtime"] not in OURS:  # what a peer answers is told, and no fault of this build
+            found = [replace(check, status="info") if check.status == "fail" else check for check in found]
+        checks += found
         if new.get("peak_memory_mib") is not None and old.get("peak_memory_mib") is not None:
             checks.append(_memory(name, new, old, params))
         group = (old["case"], old["runtime"], old["backend"], old["precision"])

@@ -89,6 +89,16 @@ def test_speed_is_not_judged_while_other_work_had_the_cores() -> None:
     assert compare(slower).status == "fail"
 
 
+def test_a_peer_that_answers_wrongly_only_informs() -> None:
+    report = benchmark()
+    for row in report["results"]:
+        if row["runtime"] == "onnx-plain":
+            row.update(correct=False, max_abs_error=0.5, top10_overlap=0.1)
+    verdict = compare(report)
+    assert verdict.status == "pass"
+    assert {c.kind for c in verdict.checks if c.status == "info"} >= {"correct", "error", "overlap"}
+
+
 def test_a_slower_peer_only_informs() -> None:
     verdict = compare(scaled(benchmark(), lambda row: 0.5 if row["runtime"] == "onnx-plain" else 1.0))
     assert verdict.status == "pass"
