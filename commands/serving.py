@@ -77,6 +77,7 @@ def recommend(
         from serving.server import require_ray
 
         require_ray()
+        import serving.cluster  # noqa: F401  sets how Ray authenticates, which Ray reads when it is imported
         from serving.tables import recommend_table
 
         rows = recommend_table(

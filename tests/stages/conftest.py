@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from torch._subclasses import FakeTensorMode
 
 from hstu.artifact import Artifact, encode_json, write_manifest
 from hstu.model import HSTU
@@ -14,6 +15,12 @@ from stages.measure.session import Session
 from tests.models import TINY_RESEARCH, random_model, tiny_config, write_checkpoint
 from tests.stages.bundles import rewrite, write_artifacts
 from tests.stages.measure.sessions import session
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_traced_before() -> None:
+    """torch.export starts from an empty cache: what vLLM has traced in this process makes it fail for like shapes."""
+    FakeTensorMode.cache_clear()
 
 
 @pytest.fixture(scope="session")
